@@ -1,0 +1,3 @@
+"""KalmaGrove: train language models cheaply."""
+
+__version__ = "0.1.0"
