@@ -1,0 +1,185 @@
+"""KalmaGroveConfig: every choice that the decoder is composed from."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from transformers import PretrainedConfig
+
+from kalmagrove.models.choices import (
+    Attention,
+    CoreKind,
+    FeedForwardKind,
+    Norm,
+    Positions,
+    Projections,
+    SharedSides,
+    Sharing,
+)
+from kalmagrove.nn.arnold import Resolution
+
+
+class KalmaGroveConfig(PretrainedConfig):
+    """Configuration of :class:`~kalmagrove.models.decoder.KalmaGroveForCausalLM`.
+
+    Args:
+        vocab_size: Tokens.
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Layers.
+        num_attention_heads: Heads of full attention; with Arnold the resolutions count.
+        head_dim: Size of a head; None is ``hidden_size / num_attention_heads``.
+        intermediate_size: Hidden units of the feed-forward.
+        max_position_embeddings: Longest sequence in tokens.
+        norm: "rmsnorm" or "layernorm".
+        norm_eps: Added to the mean square.
+        feed_forward: "swiglu", "gelu" or "relu2".
+        positions: "rotary" or "learned".
+        rope_theta: Base of rotary positions.
+        bias: Whether dense projections have a bias.
+        attention: "full" or "arnold".
+        resolutions: Arnold's groups of heads: dictionaries with num_heads, head_dim, stride, window.
+        projections: "dense" or "grove".
+        rank: Grove's inner size; None is full rank.
+        group_size: Layers that share a basis.
+        sharing: "group" (disjoint groups of neighbours) or "band" (overlapping pieces of one bank).
+        shared_sides: "residual" (the bases that touch the residual stream), "inner" (those that do not) or "both".
+        core: Form of Sigma: "diagonal", "block" or "dense".
+        core_block_size: Side of a block of a block-diagonal core.
+        qk_norm: Normalise queries and keys a head.
+        short_conv: Taps of the causal convolution on keys and values; 0 is none.
+        value_residual: Mix the first layer's values into later layers.
+        embedding_residual: Mix the token embedding into the input of every layer.
+        initializer_range: Standard deviation of initial weights.
+        tie_word_embeddings: Whether the output head is the token embedding.
+
+    Raises:
+        ValueError: A choice is unknown or sizes do not fit together.
+    """
+
+    model_type = "kalmagrove"
+
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        hidden_size: int = 128,
+        num_hidden_layers: int = 6,
+        num_attention_heads: int = 4,
+        head_dim: int | None = None,
+        intermediate_size: int = 344,
+        max_position_embeddings: int = 512,
+        norm: Norm = "rmsnorm",
+        norm_eps: float = 1e-5,
+        feed_forward: FeedForwardKind = "swiglu",
+        positions: Positions = "rotary",
+        rope_theta: float = 10000.0,
+        bias: bool = False,
+        attention: Attention = "full",
+        resolutions: list[dict[str, Any]] | None = None,
+        projections: Projections = "dense",
+        rank: int | None = None,
+        group_size: int = 2,
+        sharing: Sharing = "group",
+        shared_sides: SharedSides = "residual",
+        core: CoreKind = "diagonal",
+        core_block_size: int = 16,
+        qk_norm: bool = False,
+        short_conv: int = 0,
+        value_residual: bool = False,
+        embedding_residual: bool = False,
+        initializer_range: float = 0.02,
+        tie_word_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.head_dim = head_dim if head_dim is not None else hidden_size // max(1, num_attention_heads)
+        self.intermediate_size = intermediate_size
+        self.max_position_embeddings = max_position_embeddings
+        self.norm = norm
+        self.norm_eps = norm_eps
+        self.feed_forward = feed_forward
+        self.positions = positions
+        self.rope_theta = rope_theta
+        self.bias = bias
+        self.attention = attention
+        self.resolutions = resolutions
+        self.projections = projections
+        self.rank = rank
+        self.group_size = group_size
+        self.sharing = sharing
+        self.shared_sides = shared_sides
+        self.core = core
+        self.core_block_size = core_block_size
+        self.qk_norm = qk_norm
+        self.short_conv = short_conv
+        self.value_residual = value_residual
+        self.embedding_residual = embedding_residual
+        self.initializer_range = initializer_range
+        self.use_cache = kwargs.pop("use_cache", True)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        self._check()
+
+    def head_groups(self) -> tuple[Resolution, ...]:
+        """The groups of heads: one of stride 1 without a window for full attention."""
+        if self.attention == "full":
+            return (Resolution(self.num_attention_heads, self.head_dim),)
+        return tuple(Resolution(**group) for group in self.resolutions or ())
+
+    @property
+    def attention_width(self) -> int:
+        """Channels of all heads together."""
+        return sum(group.width for group in self.head_groups())
+
+    def _check(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(get_args(choices))
+                raise ValueError(f"{name} must be one of {allowed}; got {getattr(self, name)!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.attention == "full" and self.resolutions is not None:
+            raise ValueError("resolutions need attention = arnold; set attention: arnold or leave resolutions out")
+        if self.attention == "arnold" and not self.resolutions:
+            raise ValueError("attention = arnold needs resolutions: a list with num_heads, head_dim, stride, window")
+        if self.rank is not None:
+            width = min(self.hidden_size, self.attention_width, self.intermediate_size)
+            if not 1 <= self.rank <= width:
+                raise ValueError(
+                    f"rank {self.rank} must be between 1 and {width}, the smallest side of a projection; leave rank "
+                    "out for full rank"
+                )
+        if self.short_conv < 0 or self.short_conv == 1:
+            raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")
+        if self.bias and self.projections == "grove":
+            raise ValueError("bias is for dense projections; set bias: false or projections: dense")
+        if self.positions == "rotary":
+            for group in self.head_groups():
+                if group.head_dim % 2:
+                    raise ValueError(f"head_dim must be even for rotary positions, got {group.head_dim}")
+
+
+_CHOICES = {
+    "norm": Norm,
+    "feed_forward": FeedForwardKind,
+    "positions": Positions,
+    "attention": Attention,
+    "projections": Projections,
+    "sharing": Sharing,
+    "shared_sides": SharedSides,
+    "core": CoreKind,
+}
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "intermediate_size",
+    "max_position_embeddings",
+    "group_size",
+    "core_block_size",
+)

@@ -1,0 +1,268 @@
+"""To and from stock GPT-2 and Llama folders; exact, because the options match one to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from kalmagrove.auto_classes import register_when_imported
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+
+Stock = Literal["gpt2", "llama"]
+
+_PLAIN = {
+    "attention": "full",
+    "projections": "dense",
+    "qk_norm": False,
+    "short_conv": 0,
+    "value_residual": False,
+    "embedding_residual": False,
+}
+_FAMILY: dict[Stock, dict[str, Any]] = {
+    "gpt2": {"norm": "layernorm", "feed_forward": "gelu", "positions": "learned", "bias": True},
+    "llama": {"norm": "rmsnorm", "feed_forward": "swiglu", "positions": "rotary", "bias": False},
+}
+
+
+def stock_family(config: KalmaGroveConfig) -> Stock | None:
+    """The stock architecture that a configuration is, or None."""
+    for family, options in _FAMILY.items():
+        if all(getattr(config, name) == value for name, value in (_PLAIN | options).items()):
+            square = config.attention_width == config.hidden_size
+            if family == "llama" or (square and config.tie_word_embeddings):
+                return family
+    return None
+
+
+def to_stock(model: KalmaGroveForCausalLM) -> PreTrainedModel:
+    """The same function as a stock model of transformers.
+
+    Raises:
+        ValueError: The configuration is neither GPT-2's nor Llama's.
+    """
+    family = stock_family(model.config)
+    if family is None:
+        raise ValueError("only configurations that equal GPT-2 or Llama can be written as a stock model")
+    config, weights = model.config, dict(model.state_dict())
+    with torch.random.fork_rng():
+        stock: PreTrainedModel = (
+            GPT2LMHeadModel(_gpt2_config(config)) if family == "gpt2" else LlamaForCausalLM(_llama_config(config))
+        )
+    renamed = _to_gpt2_names(config, weights) if family == "gpt2" else weights
+    if config.tie_word_embeddings:
+        renamed["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    stock.load_state_dict(renamed, strict=True)
+    return stock.to(next(model.parameters()).device).train(model.training)
+
+
+def from_stock(stock: PreTrainedModel) -> KalmaGroveForCausalLM:
+    """A stock GPT-2 or Llama model as our decoder, dense and with full attention.
+
+    Raises:
+        KalmaGroveError: Another architecture, or an option of it that our decoder does not have.
+    """
+    source = stock.config
+    if source.model_type == "llama":
+        config, weights = _from_llama(source), dict(stock.state_dict())
+    elif source.model_type == "gpt2":
+        config = _from_gpt2(source)
+        weights = _from_gpt2_names(config, dict(stock.state_dict()))
+    else:
+        raise KalmaGroveError(f"model type {source.model_type!r} cannot be converted; gpt2 and llama can")
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    with torch.random.fork_rng():
+        model = KalmaGroveForCausalLM(config)
+    model.load_state_dict(weights, strict=True)
+    return model.train(stock.training)
+
+
+def save_model(model: KalmaGroveForCausalLM, folder: Path) -> None:
+    """Writes a Hugging Face folder: a stock one where the configuration is GPT-2's or Llama's."""
+    with _quiet_transformers():
+        target: PreTrainedModel = model if stock_family(model.config) is None else to_stock(model)
+        target.save_pretrained(folder)
+
+
+def load_model(folder: str | Path) -> PreTrainedModel:
+    """Opens any causal language model folder (ours, stock, or a Hub name); no code from it is executed.
+
+    Raises:
+        KalmaGroveError: It is not a model folder or cannot be read.
+    """
+    path = Path(folder)
+    if path.is_dir() and not (path / "config.json").is_file():
+        inner = path / "model"
+        if not (inner / "config.json").is_file():
+            raise KalmaGroveError(f"{folder} holds no config.json; give a model folder or a run folder that is done")
+        folder = inner
+    register_when_imported()
+    with _quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, use_safetensors=True)
+        except Exception as error:
+            raise KalmaGroveError(f"cannot load a model from {folder}: {_first_line(error)}") from error
+    loaded: PreTrainedModel = model
+    return loaded.eval()
+
+
+class _quiet_transformers:
+    """Hides the progress bars of transformers while a folder is written or read."""
+
+    def __enter__(self) -> None:
+        self.was_on = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was_on:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _special_tokens(config: KalmaGroveConfig) -> dict[str, Any]:
+    return {name: getattr(config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _llama_config(config: KalmaGroveConfig) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_word_embeddings,
+        initializer_range=config.initializer_range,
+        **_special_tokens(config),
+    )
+
+
+def _from_llama(source: Any) -> KalmaGroveConfig:
+    rope = source.rope_parameters or {}
+    for name, plain in (
+        ("attention_bias", False),
+        ("mlp_bias", False),
+        ("hidden_act", "silu"),
+        ("num_key_value_heads", source.num_attention_heads),
+    ):
+        if getattr(source, name) != plain:
+            raise KalmaGroveError(f"this Llama has {name} = {getattr(source, name)}; only {plain} can be converted")
+    if rope.get("rope_type", "default") != "default":
+        raise KalmaGroveError(f"this Llama has {rope['rope_type']} rotary positions; only default can be converted")
+    return KalmaGroveConfig(
+        vocab_size=source.vocab_size,
+        hidden_size=source.hidden_size,
+        intermediate_size=source.intermediate_size,
+        num_hidden_layers=source.num_hidden_layers,
+        num_attention_heads=source.num_attention_heads,
+        head_dim=source.head_dim,
+        max_position_embeddings=source.max_position_embeddings,
+        norm_eps=source.rms_norm_eps,
+        rope_theta=float(rope.get("rope_theta", 10000.0)),
+        tie_word_embeddings=source.tie_word_embeddings,
+        **_special_tokens(source),
+        **_FAMILY["llama"],
+    )
+
+
+def _gpt2_config(config: KalmaGroveConfig) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.max_position_embeddings,
+        n_embd=config.hidden_size,
+        n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads,
+        n_inner=config.intermediate_size,
+        layer_norm_epsilon=config.norm_eps,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        initializer_range=config.initializer_range,
+        **_special_tokens(config),
+    )
+
+
+def _from_gpt2(source: Any) -> KalmaGroveConfig:
+    if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
+        raise KalmaGroveError(f"this GPT-2 has activation {source.activation_function}; only gelu_new can be converted")
+    return KalmaGroveConfig(
+        vocab_size=source.vocab_size,
+        hidden_size=source.n_embd,
+        intermediate_size=source.n_inner or 4 * source.n_embd,
+        num_hidden_layers=source.n_layer,
+        num_attention_heads=source.n_head,
+        max_position_embeddings=source.n_positions,
+        norm_eps=source.layer_norm_epsilon,
+        tie_word_embeddings=source.tie_word_embeddings,
+        **_special_tokens(source),
+        **_FAMILY["gpt2"],
+    )
+
+
+_GPT2_TOP = {
+    "model.embed_tokens.weight": "transformer.wte.weight",
+    "model.embed_positions.weight": "transformer.wpe.weight",
+    "model.norm.weight": "transformer.ln_f.weight",
+    "model.norm.bias": "transformer.ln_f.bias",
+}
+_GPT2_NORMS = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"}
+_GPT2_MATRICES = {"self_attn.o_proj": "attn.c_proj", "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def _to_gpt2_names(config: KalmaGroveConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GPT-2 stores matrices transposed, and query, key and value as one."""
+    renamed = {theirs: weights[ours] for ours, theirs in _GPT2_TOP.items()}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        for kind in ("weight", "bias"):
+            for source, target in _GPT2_NORMS.items():
+                renamed[f"{theirs}{target}.{kind}"] = weights[f"{ours}{source}.{kind}"]
+            for source, target in _GPT2_MATRICES.items():
+                renamed[f"{theirs}{target}.{kind}"] = _transposed(weights[f"{ours}{source}.{kind}"])
+            renamed[f"{theirs}attn.c_attn.{kind}"] = _transposed(
+                torch.cat([weights[f"{ours}{n}.{kind}"] for n in _QKV])
+            )
+    return renamed
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A matrix transposed, a bias as it is."""
+    return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _from_gpt2_names(config: KalmaGroveConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {ours: weights[theirs] for ours, theirs in _GPT2_TOP.items()}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"model.layers.{layer}.", f"transformer.h.{layer}."
+        for kind in ("weight", "bias"):
+            for target, source in _GPT2_NORMS.items():
+                renamed[f"{ours}{target}.{kind}"] = weights[f"{theirs}{source}.{kind}"]
+            for target, source in _GPT2_MATRICES.items():
+                renamed[f"{ours}{target}.{kind}"] = _transposed(weights[f"{theirs}{source}.{kind}"])
+            fused = _transposed(weights[f"{theirs}attn.c_attn.{kind}"])
+            for name, part in zip(_QKV, fused.chunk(3), strict=True):
+                renamed[f"{ours}{name}.{kind}"] = part
+    if not config.tie_word_embeddings:
+        renamed["lm_head.weight"] = weights["lm_head.weight"]
+    return renamed

@@ -1,0 +1,271 @@
+"""KalmaGroveForCausalLM: one decoder for every family, the whole forward from top to bottom.
+
+tokens -> embedding -> [norm -> attention -> + ; norm -> feed-forward -> +] x layers -> norm -> logits
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
+from kalmagrove.nn.arnold import DecodingCache, MultiResolutionAttention
+from kalmagrove.nn.grove import Basis, GroveLinear
+from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
+from kalmagrove.nn.loss import linear_cross_entropy
+
+# transformers renamed its cache argument; generate() reorders beams under the name that it knows.
+CACHE_NAME = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual connection."""
+
+    def __init__(self, config: KalmaGroveConfig, layer: int, bases: GroveBases | None) -> None:
+        super().__init__()
+        make_projection = projection_factory(config, bases, layer)
+        self.input_layernorm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.self_attn = MultiResolutionAttention(
+            config.hidden_size,
+            config.head_groups(),
+            make_projection,
+            rotary_theta=config.rope_theta if config.positions == "rotary" else None,
+            qk_norm=config.qk_norm,
+            short_conv=config.short_conv,
+            value_residual=config.value_residual and layer > 0,
+        )
+        self.post_attention_layernorm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.feed_forward, make_projection)
+        self.embedding_residual = config.embedding_residual and layer > 0
+        if self.embedding_residual:
+            self.residual_mix = nn.Parameter(torch.tensor([1.0, 0.1]))
+
+    def forward(
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        first_values: Tensor | None,
+        state: dict[str, Tensor] | None,
+        offset: int,
+    ) -> tuple[Tensor, Tensor]:
+        """One layer over ``x`` (batch, sequence, hidden); returns the new ``x`` and this layer's values."""
+        if self.embedding_residual:
+            x = self.residual_mix[0] * x + self.residual_mix[1] * embedded
+        attended, values = self.self_attn(self.input_layernorm(x), first_values, state, offset)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), values
+
+
+class KalmaGrovePreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of these models."""
+
+    config_class = KalmaGroveConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("DecoderLayer",)
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear | nn.Embedding | Basis):
+            nn.init.normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, GroveLinear):
+            module.reset_parameters()
+        elif isinstance(module, RMSNorm | nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, ShortConvolution):
+            nn.init.zeros_(module.weight)
+            nn.init.ones_(module.weight[-1])
+        elif isinstance(module, MultiResolutionAttention):
+            if module.qk_norm:
+                nn.init.ones_(module.query_gain)
+            if module.value_residual:
+                nn.init.constant_(module.value_mix, 0.5)
+        elif isinstance(module, DecoderLayer) and module.embedding_residual:
+            module.residual_mix.copy_(torch.tensor([1.0, 0.1]))
+
+
+class KalmaGroveModel(KalmaGrovePreTrainedModel):
+    """The decoder without its output head."""
+
+    def __init__(self, config: KalmaGroveConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.bases = GroveBases(config) if config.projections == "grove" else None
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer, self.bases) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        cache: DecodingCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """Hidden states (batch, sequence, hidden) of ``input_ids`` (batch, sequence)."""
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        offset = 0 if cache is None else cache.length
+        length = x.shape[1]
+        if offset + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"the text is {offset + length} tokens long, the model's context is "
+                f"{self.config.max_position_embeddings}; shorten it or build the model with a larger "
+                "max_position_embeddings"
+            )
+        if self.config.positions == "learned":
+            x = x + self.embed_positions(torch.arange(offset, offset + length, device=x.device))
+        embedded, first_values = x, None
+        for index, layer in enumerate(self.layers):
+            state = None if cache is None else cache.layers[index]
+            x, values = layer(x, embedded, first_values, state, offset)
+            first_values = values if first_values is None else first_values
+        if cache is not None:
+            cache.length += length
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
+    """The decoder with its output head: a causal language model in the style of transformers."""
+
+    def __init__(self, config: KalmaGroveConfig) -> None:
+        super().__init__(config)
+        self.model = KalmaGroveModel(config)
+        # With tied embeddings the head is the embedding itself, not a second name for it.
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.post_init()
+        self._scale_outputs()
+
+    @torch.no_grad()
+    def _scale_outputs(self) -> None:
+        """Divides what writes to the residual stream by sqrt(2 layers), as GPT-2 does."""
+        scale = (2 * self.config.num_hidden_layers) ** -0.5
+        for parameter in write_parameters(self):
+            parameter.mul_(scale)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens if self.lm_head is None else self.lm_head
+
+    def output_weight(self) -> Tensor:
+        """The matrix that makes logits, (vocabulary, hidden)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: DecodingCache | None = None,
+        past_key_values: DecodingCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **_: Any,
+    ) -> CausalLMOutput:
+        """Logits (batch, sequence, vocabulary), and the mean loss in nats where ``labels`` are given.
+
+        Args:
+            input_ids: (batch, sequence).
+            attention_mask: Only all ones: padding is not supported.
+            cache: What was seen before, from :meth:`new_cache`; it is brought up to date.
+            past_key_values: The older name of ``cache``.
+            inputs_embeds: (batch, sequence, hidden) in the place of ``input_ids``.
+            labels: (batch, sequence) as in transformers: the loss compares position t with label t + 1; -100 is
+                left out.
+            logits_to_keep: Only the last so many positions get logits; 0 is all.
+
+        Raises:
+            ValueError: The mask has zeros, or the text is longer than the context.
+        """
+        if attention_mask is not None and not bool(attention_mask.all()):
+            raise ValueError("padded batches are not supported: give sequences of equal length, without padding")
+        cache = cache if cache is not None else past_key_values
+        hidden = self.model(input_ids, cache=cache, inputs_embeds=inputs_embeds).last_hidden_state
+        logits = F.linear(hidden[:, -logits_to_keep:], self.output_weight())
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def token_loss_sum(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the nats of ``targets`` (batch, sequence) given ``input_ids`` (batch, sequence).
+
+        The logits are made and reduced in slices, so that they never lie in memory as a whole.
+        """
+        hidden = self.model(input_ids).last_hidden_state
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight(), targets.flatten())
+
+    def new_cache(self) -> DecodingCache:
+        """An empty cache for decoding."""
+        return DecodingCache(self.config.num_hidden_layers)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get(CACHE_NAME)
+        seen = 0 if cache is None else cache.get_seq_length()
+        return {
+            "input_ids": input_ids[:, seen:],
+            "cache": cache,
+            "attention_mask": kwargs.get("attention_mask"),
+            "logits_to_keep": 1,
+        }
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
+            model_kwargs[CACHE_NAME] = self.new_cache()
+
+    def add_adaptor(self, name: str) -> None:
+        """Adds a task core of a name to every Grove layer."""
+        for layer in self._grove_layers():
+            layer.add_adaptor(name)
+
+    def set_adaptor(self, name: str | None) -> None:
+        """Switches every Grove layer to a task core; None is the base model."""
+        for layer in self._grove_layers():
+            layer.set_adaptor(name)
+
+    def _grove_layers(self) -> list[GroveLinear]:
+        layers = [module for module in self.modules() if isinstance(module, GroveLinear)]
+        if not layers:
+            raise ValueError("adaptors need projections = grove; this model's projections are dense")
+        return layers
+
+
+def write_parameters(model: KalmaGroveForCausalLM) -> list[nn.Parameter]:
+    """The parameters whose scale is that of a layer's output: one factor of each o_proj and down_proj."""
+    found: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] not in WRITES:
+            continue
+        if isinstance(module, nn.Linear):
+            found.update((id(p), p) for p in module.parameters() if p.ndim == 2)
+        elif isinstance(module, GroveLinear):
+            found.update((id(parameter), parameter) for parameter in module.output_parameters())
+    return list(found.values())

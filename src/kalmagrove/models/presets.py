@@ -1,0 +1,156 @@
+"""Named families and sizes; a preset is a complete configuration, and every option may be overridden.
+
+Families:
+    gpt2: LayerNorm, GELU, learned positions; what the paper calls a Transformer.
+    llama: RMSNorm, rotary positions, SwiGLU; what one would choose today.
+    llama-plus: llama with the cheap tricks that kalmagrove uses (short convolution, value residual, embedding
+        residual, QK-norm).
+    slim: dense, full attention, the same tricks, half the attention width and a squared-ReLU feed-forward, sized to
+        kalmagrove's number of parameters: the control for Grove and Arnold.
+    kalmagrove: Grove projections and Arnold attention.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from kalmagrove.errors import UsageError
+
+FAMILIES = ("gpt2", "llama", "llama-plus", "slim", "kalmagrove")
+DEFAULT_SIZE = "mini"
+
+
+@dataclass(frozen=True)
+class Size:
+    """A family-independent size.
+
+    Attributes:
+        hidden_size: Width of the dense families and of kalmagrove.
+        num_hidden_layers: Layers.
+        head_dim: Size of a full head.
+        slim_width: Width at which the slim control has as many parameters as kalmagrove.
+        inner_ratio: kalmagrove's hidden units of the feed-forward as a multiple of the width.
+        vocab_size: Vocabulary when no data set says otherwise.
+        context_length: Context when nothing else says otherwise, in tokens.
+    """
+
+    hidden_size: int
+    num_hidden_layers: int
+    head_dim: int
+    slim_width: int
+    inner_ratio: int = 3
+    vocab_size: int = 4096
+    context_length: int = 512
+
+
+SIZES = {
+    "tiny": Size(128, 4, 32, slim_width=128),
+    "mini": Size(128, 6, 32, slim_width=120),
+    "small": Size(256, 8, 64, slim_width=232),
+    "medium": Size(512, 8, 64, slim_width=480),
+    "base": Size(768, 12, 64, slim_width=672, vocab_size=50257, context_length=1024),
+    "large": Size(1024, 24, 64, slim_width=896, inner_ratio=4, vocab_size=50257, context_length=1024),
+}
+TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
+LOCAL_WINDOW = 64
+COARSE_STRIDE = 4
+
+
+def preset_names() -> list[str]:
+    """Every preset: a family alone (its default size) and family-size."""
+    return [*FAMILIES, *(f"{family}-{size}" for family in FAMILIES for size in SIZES)]
+
+
+def split_preset(name: str) -> tuple[str, str]:
+    """Family and size of a preset's name.
+
+    Raises:
+        UsageError: Unknown; the nearest name is offered.
+    """
+    if name in FAMILIES:
+        return name, DEFAULT_SIZE
+    family, _, size = name.rpartition("-")
+    if family in FAMILIES and size in SIZES:
+        return family, size
+    nearest = difflib.get_close_matches(name, preset_names(), n=1, cutoff=0.0)
+    raise UsageError(
+        f"unknown preset {name!r}; did you mean {nearest[0]!r}? Families: {', '.join(FAMILIES)}; sizes: "
+        f"{', '.join(SIZES)}"
+    )
+
+
+def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The arguments of :class:`~kalmagrove.models.config.KalmaGroveConfig` for a preset.
+
+    Args:
+        name: A family or family-size.
+        overrides: Options that replace the preset's. A new ``hidden_size`` or ``num_hidden_layers`` resizes
+            everything that depends on it.
+
+    Raises:
+        UsageError: The preset is unknown.
+    """
+    overrides = dict(overrides or {})
+    family, size_name = split_preset(name)
+    size = SIZES[size_name]
+    width = overrides.get("hidden_size") or (size.slim_width if family == "slim" else size.hidden_size)
+    head_dim = overrides.get("head_dim") or min(size.head_dim, width)
+    options = {
+        "vocab_size": size.vocab_size,
+        "max_position_embeddings": size.context_length,
+        "hidden_size": width,
+        "num_hidden_layers": size.num_hidden_layers,
+    }
+    options |= _family_options(family, width, head_dim, size.inner_ratio)
+    if "resolutions" not in overrides and overrides.get("attention") == "full":
+        options |= {"resolutions": None, "num_attention_heads": max(1, width // 2 // head_dim), "head_dim": head_dim}
+    return options | overrides
+
+
+def _family_options(family: str, width: int, head_dim: int, inner_ratio: int) -> dict[str, Any]:
+    heads = max(1, width // head_dim)
+    if family == "gpt2":
+        return {
+            "norm": "layernorm",
+            "feed_forward": "gelu",
+            "positions": "learned",
+            "bias": True,
+            "num_attention_heads": heads,
+            "head_dim": width // heads,
+            "intermediate_size": 4 * width,
+        }
+    llama = {"num_attention_heads": heads, "head_dim": width // heads, "intermediate_size": _llama_inner(width)}
+    if family == "llama":
+        return llama
+    if family == "llama-plus":
+        return llama | TRICKS
+    if family == "slim":
+        half_heads = max(1, width // 2 // head_dim)
+        return TRICKS | {
+            "feed_forward": "relu2",
+            "num_attention_heads": half_heads,
+            "head_dim": width // 2 // half_heads // 2 * 2,
+            "intermediate_size": 2 * width,
+        }
+    half_heads = max(2, width // 2 // head_dim)
+    return TRICKS | {
+        "feed_forward": "relu2",
+        "intermediate_size": inner_ratio * width,
+        "projections": "grove",
+        "sharing": "band",
+        "group_size": 2,
+        "attention": "arnold",
+        "num_attention_heads": half_heads,
+        "head_dim": head_dim,
+        "resolutions": [
+            {"num_heads": half_heads - half_heads // 2, "head_dim": head_dim, "stride": 1, "window": LOCAL_WINDOW},
+            {"num_heads": half_heads // 2, "head_dim": head_dim, "stride": COARSE_STRIDE, "window": None},
+        ],
+    }
+
+
+def _llama_inner(width: int) -> int:
+    """Two thirds of 4 x width, rounded up to a multiple of 8: as many parameters as a two-matrix feed-forward."""
+    return -(-8 * width // 3 // 8) * 8

@@ -1,0 +1,312 @@
+"""Arnold: causal attention at several resolutions (equation 4), and the cache it decodes with.
+
+A model's heads are divided into groups; each group has its own resolution: how many heads of which size, the
+stride at which it sees keys and values, and how far back it looks. The output projection sums the groups.
+
+At stride s > 1 a key is the mean of the s keys of a *finished* block: block j holds the tokens j s .. (j + 1) s - 1
+and is visible from its last token on, so no position sees a later token. Before the first block is finished a
+query attends to nothing: every coarse group has a null key with score 0 and value 0.
+
+Shapes: queries, keys and values are (batch, heads, sequence, head_dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """One group of heads.
+
+    Attributes:
+        num_heads: Heads of the group.
+        head_dim: Size of a head.
+        stride: Tokens that one key stands for.
+        window: Tokens back that a query sees, its own included; a coarse key is seen as long as its first token
+            is. None is everything.
+
+    Raises:
+        ValueError: A number is not positive, or the window is shorter than the stride.
+    """
+
+    num_heads: int
+    head_dim: int
+    stride: int = 1
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.num_heads, self.head_dim, self.stride) < 1:
+            raise ValueError(f"num_heads, head_dim and stride must be positive, got {self}")
+        if self.window is not None and self.window < self.stride:
+            raise ValueError(f"window {self.window} is shorter than stride {self.stride}")
+
+    @property
+    def width(self) -> int:
+        """Channels of the group."""
+        return self.num_heads * self.head_dim
+
+    def visible(self, query_positions: Tensor, key_ends: Tensor) -> Tensor:
+        """Which keys (by the position of their last token) each query may see: (queries, keys), bool."""
+        ends, queries = key_ends[None, :], query_positions[:, None]
+        seen = ends <= queries
+        if self.window is not None:
+            seen = seen & (ends - self.stride + 1 > queries - self.window)
+        return seen
+
+
+def pool_blocks(x: Tensor, stride: int) -> Tensor:
+    """Means of the finished blocks of ``stride`` tokens: (..., sequence // stride, head_dim)."""
+    finished = x.shape[-2] // stride
+    return x[..., : finished * stride, :].unflatten(-2, (finished, stride)).mean(dim=-2)
+
+
+def block_ends(count: int, stride: int, device: torch.device, start: int = 0) -> Tensor:
+    """Position of the last token of the blocks ``start .. start + count - 1``."""
+    return (torch.arange(start, start + count, device=device) + 1) * stride - 1
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
+    """Softmax attention under a boolean mask that broadcasts to (queries, keys)."""
+    bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, float("-inf"))
+    if query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    # On a CPU two batched products and a softmax are several times faster than the masked fused kernel.
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)) + bias
+    return torch.matmul(scores.softmax(dim=-1), value)
+
+
+def with_null_key(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Puts a key of score 0 and value 0 before the others."""
+    return F.pad(key, (0, 0, 1, 0)), F.pad(value, (0, 0, 1, 0))
+
+
+def local_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> Tensor:
+    """Attention to the last ``window`` tokens, in time linear in the sequence.
+
+    Queries of block i meet the keys of blocks i - 1 and i, blocks of ``window`` tokens.
+    """
+    heads, length, head_dim = query.shape[1:]
+    blocks = -(-length // window)
+    padding = blocks * window - length
+
+    def with_previous(x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, window, padding)).unflatten(2, (blocks + 1, window))
+        return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3)
+
+    block_query = F.pad(query, (0, 0, 0, padding)).unflatten(2, (blocks, window))
+    positions = torch.arange(window, device=query.device)
+    keys = torch.arange(2 * window, device=query.device) - window
+    visible = Resolution(heads, head_dim, window=window).visible(positions, keys)
+    # The first block has no predecessor: its padding keys are hidden.
+    first = (torch.arange(blocks, device=query.device) > 0)[:, None, None] | (keys >= 0)
+    attended = masked_attention(block_query, with_previous(key), with_previous(value), visible & first)
+    return attended.flatten(2, 3)[:, :, :length]
+
+
+class DecodingCache:
+    """What the layers of a model remember while text is decoded.
+
+    Each layer keeps, in a dictionary of tensors whose first axis is the batch, only what its resolutions can still
+    see: a window of fine keys, the pooled keys of finished blocks, the tokens of the block that is not finished,
+    and the short convolution's last inputs.
+    """
+
+    # Read by transformers' generate(): no fixed size, no linear-attention layer.
+    is_compileable = False
+    is_linear = (False,)
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers: list[dict[str, Tensor]] = [{} for _ in range(num_layers)]
+        self.length = 0
+
+    def get_seq_length(self, layer_index: int = 0) -> int:
+        """Tokens seen so far, the same for every layer."""
+        return self.length
+
+    def reorder_cache(self, beam_index: Tensor) -> None:
+        """Selects rows of the batch, as beam search needs."""
+        for layer in self.layers:
+            for name, tensor in layer.items():
+                layer[name] = tensor.index_select(0, beam_index.to(tensor.device))
+
+    def num_bytes(self) -> int:
+        """Bytes that the cache holds now."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in layer.values())
+
+
+class MultiResolutionAttention(nn.Module):
+    """Causal self-attention over one or several resolutions; one resolution of stride 1 is ordinary attention.
+
+    Args:
+        hidden_size: Width of the residual stream.
+        resolutions: The groups of heads.
+        make_projection: Builds ``q_proj``, ``k_proj``, ``v_proj`` and ``o_proj``.
+        rotary_theta: Base of the rotary positions; None turns them off.
+        qk_norm: Whether queries and keys are RMS-normalised a head (arXiv:2010.04245), with a learned gain on
+            the query.
+        short_conv: Taps of the causal convolution on keys and values; 0 turns it off.
+        value_residual: Whether the first layer's values are mixed into this layer's (arXiv:2410.17897).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        resolutions: Sequence[Resolution],
+        make_projection: MakeProjection,
+        *,
+        rotary_theta: float | None = 10000.0,
+        qk_norm: bool = False,
+        short_conv: int = 0,
+        value_residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.resolutions = tuple(resolutions)
+        self.widths = [resolution.width for resolution in self.resolutions]
+        width = sum(self.widths)
+        self.q_proj = make_projection("q_proj", hidden_size, width)
+        self.k_proj = make_projection("k_proj", hidden_size, width)
+        self.v_proj = make_projection("v_proj", hidden_size, width)
+        self.o_proj = make_projection("o_proj", width, hidden_size)
+        head_dims = sorted({resolution.head_dim for resolution in self.resolutions})
+        self.rotary = nn.ModuleDict(
+            {} if rotary_theta is None else {str(size): RotaryEmbedding(size, rotary_theta) for size in head_dims}
+        )
+        self.qk_norm = qk_norm
+        if qk_norm:
+            self.query_gain = nn.Parameter(torch.ones(sum(r.num_heads for r in self.resolutions)))
+        self.short_conv = short_conv
+        if short_conv:
+            self.k_conv = ShortConvolution(width, short_conv)
+            self.v_conv = ShortConvolution(width, short_conv)
+        if value_residual:
+            self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
+        self.value_residual = value_residual
+
+    def forward(
+        self, x: Tensor, first_values: Tensor | None = None, state: dict[str, Tensor] | None = None, offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Attends.
+
+        Args:
+            x: (batch, sequence, hidden).
+            first_values: The first layer's values for the same tokens, (batch, sequence, width).
+            state: This layer's part of a :class:`DecodingCache`, read and brought up to date; None in training.
+            offset: Tokens that were seen before ``x``.
+
+        Returns:
+            The output, shape of ``x``, and this layer's own values, (batch, sequence, width).
+        """
+        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.short_conv:
+            key = self._convolve(self.k_conv, "k_conv", key, state)
+            value = self._convolve(self.v_conv, "v_conv", value, state)
+        own_values = value
+        if self.value_residual and first_values is not None:
+            mix = self.value_mix.to(value.dtype)
+            value = mix[0] * value + mix[1] * first_values
+        positions = torch.arange(offset, offset + x.shape[1], device=x.device)
+        attended = []
+        head = 0
+        groups = zip(self.resolutions, *(t.split(self.widths, dim=-1) for t in (query, key, value)), strict=True)
+        for index, (resolution, group_query, group_key, group_value) in enumerate(groups):
+            gain = self.query_gain[head : head + resolution.num_heads] if self.qk_norm else None
+            head += resolution.num_heads
+            q, k, v = (_to_heads(t, resolution.head_dim) for t in (group_query, group_key, group_value))
+            q = self._place(q, resolution, positions, gain)
+            if state is None:
+                output = self._attend_whole(resolution, q, k, v)
+            else:
+                output = self._attend_cached(resolution, q, k, v, positions, state, f"{index}.")
+            attended.append(output.transpose(1, 2).flatten(2))
+        return self.o_proj(torch.cat(attended, dim=-1) if len(attended) > 1 else attended[0]), own_values
+
+    def _convolve(self, convolution: ShortConvolution, name: str, x: Tensor, state: dict[str, Tensor] | None) -> Tensor:
+        result, history = convolution(x, None if state is None else state.get(name))
+        if state is not None:
+            state[name] = history
+        return result
+
+    def _place(self, x: Tensor, resolution: Resolution, positions: Tensor, gain: Tensor | None = None) -> Tensor:
+        """Normalises heads and turns them to their positions."""
+        if self.qk_norm:
+            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            if gain is not None:
+                x = x * gain.to(x.dtype)[:, None, None]
+        return self.rotary[str(resolution.head_dim)](x, positions) if len(self.rotary) else x
+
+    def _attend_whole(self, resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The whole text at once."""
+        length, stride, window = query.shape[2], resolution.stride, resolution.window
+        positions = torch.arange(length, device=query.device)
+        if stride == 1:
+            key = self._place(key, resolution, positions)
+            if window is None or window >= length:
+                return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            return local_attention(query, key, value, window)
+        ends = block_ends(length // stride, stride, query.device)
+        key = self._place(pool_blocks(key, stride), resolution, ends)
+        return _attend_to_blocks(resolution, query, key, pool_blocks(value, stride), positions, ends)
+
+    def _attend_cached(
+        self,
+        resolution: Resolution,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        state: dict[str, Tensor],
+        prefix: str,
+    ) -> Tensor:
+        """New tokens against what the cache remembers; the cache then forgets what no later query can see."""
+        stride, seen = resolution.stride, int(positions[0])
+        total = seen + query.shape[2]
+        if stride == 1:
+            key = self._place(key, resolution, positions)
+        else:
+            key = _remember(state, prefix + "open_keys", key)
+            value = _remember(state, prefix + "open_values", value)
+            finished = key.shape[2] // stride
+            ends = block_ends(finished, stride, key.device, start=seen // stride)
+            for name, tensor in (("open_keys", key), ("open_values", value)):
+                state[prefix + name] = tensor[:, :, finished * stride :]
+            key = self._place(pool_blocks(key, stride), resolution, ends)
+            value = pool_blocks(value, stride)
+        key = _remember(state, prefix + "keys", key)
+        value = _remember(state, prefix + "values", value)
+        count = key.shape[2]
+        ends = block_ends(count, stride, key.device, start=total // stride - count)
+        if stride == 1:
+            output = masked_attention(query, key, value, resolution.visible(positions, ends))
+        else:
+            output = _attend_to_blocks(resolution, query, key, value, positions, ends)
+        if resolution.window is not None:
+            keep = int(resolution.visible(torch.tensor([total], device=ends.device), ends).sum())
+            state[prefix + "keys"] = key[:, :, count - keep :]
+            state[prefix + "values"] = value[:, :, count - keep :]
+        return output
+
+
+def _to_heads(x: Tensor, head_dim: int) -> Tensor:
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def _remember(state: dict[str, Tensor], name: str, new: Tensor) -> Tensor:
+    if name in state:
+        new = torch.cat((state[name], new), dim=2)
+    state[name] = new
+    return new
+
+
+def _attend_to_blocks(
+    resolution: Resolution, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, ends: Tensor
+) -> Tensor:
+    visible = F.pad(resolution.visible(positions, ends), (1, 0), value=True)
+    return masked_attention(query, *with_null_key(key, value), visible)

@@ -1,0 +1,288 @@
+"""Grove: weight matrices W = U Sigma V^T whose bases U, V belong to a group of layers (equation 1).
+
+A basis is a module that owns one matrix; many :class:`GroveLinear` layers refer to it and each keeps its own
+core Sigma. The matrices are stored as a linear layer stores its weight: V^T as (rank, in_features) and U as
+(out_features, rank).
+
+What may be shared, and why: a basis that every layer uses on *both* sides makes the network as narrow as its
+rank. Here bases belong to a type of projection (all query projections, all up projections, ...) and to a few
+neighbouring layers. The inner side of a head or of a feed-forward has no fixed basis, so its factor can be left
+out: at full rank the inner basis is the identity and the core is the gain of each inner unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Core = Literal["none", "diagonal", "block", "dense"]
+Side = Literal["shared", "private", "identity"]
+
+
+class Basis(nn.Module):
+    """One matrix that several layers use: a piece of U or of V^T, owned and saved once."""
+
+    def __init__(self, rows: int, columns: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns))
+        self.std = std
+        nn.init.normal_(self.weight, std=std)
+
+
+class GroveLinear(nn.Module):
+    """A linear layer with weight ``U Sigma V^T`` (no bias).
+
+    Args:
+        in_features: Size of the last axis of the input.
+        out_features: Size of the last axis of the output.
+        rank: Inner size; a side that is the identity has this size itself.
+        left: U's pieces if it is shared (stacked along the rank), "private" or "identity".
+        right: V^T's pieces if it is shared (stacked along the rank), "private" or "identity".
+        core: Sigma's form. "none" fixes it to the identity: the factor that is private absorbs it.
+        block_size: Side of a block of a block-diagonal core.
+        std: Standard deviation that a new private factor is drawn with.
+
+    Raises:
+        ValueError: Sizes do not fit, the rank is above the width, or both sides are the identity.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        left: Sequence[Basis] | Literal["private", "identity"],
+        right: Sequence[Basis] | Literal["private", "identity"],
+        core: Core = "diagonal",
+        block_size: int = 16,
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.core_kind: Core = core
+        self.block_size = block_size
+        self.std = std
+        if rank < 1 or rank > max(in_features, out_features):
+            raise ValueError(
+                f"rank must be between 1 and {max(in_features, out_features)} for a {out_features} x {in_features} "
+                f"matrix, got {rank}"
+            )
+        if left == "identity" and right == "identity":
+            raise ValueError("left and right cannot both be the identity: nothing would be learned but the core")
+        # A tuple hides the shared modules from registration: they are owned, moved and saved by their group.
+        self._left = tuple(left) if not isinstance(left, str) else ()
+        self._right = tuple(right) if not isinstance(right, str) else ()
+        self.left_kind: Side = "shared" if self._left else left  # type: ignore[assignment]
+        self.right_kind: Side = "shared" if self._right else right  # type: ignore[assignment]
+        self._check_sizes()
+        if self.left_kind == "private":
+            self.left = nn.Parameter(torch.randn(out_features, rank) * std)
+        if self.right_kind == "private":
+            self.right = nn.Parameter(torch.randn(rank, in_features) * std)
+        if core != "none":
+            self.core = nn.Parameter(self._identity_core())
+        self.adaptors = nn.ParameterDict()
+        self.active_adaptor: str | None = None
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the private factors anew and sets the core to the identity; the bases are not this layer's."""
+        if self.left_kind == "private":
+            nn.init.normal_(self.left, std=self.std)
+        if self.right_kind == "private":
+            nn.init.normal_(self.right, std=self.std)
+        if self.core_kind != "none":
+            self.core.copy_(self._identity_core())
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        """The matrices next to the output: scaling them scales what the layer gives."""
+        if self.left_kind == "identity":
+            return [basis.weight for basis in self._right] if self._right else [self.right]
+        return [basis.weight for basis in self._left] if self._left else [self.left]
+
+    def _check_sizes(self) -> None:
+        if self.left_kind == "identity" and self.rank != self.out_features:
+            raise ValueError(f"an identity left side needs rank = out_features = {self.out_features}, got {self.rank}")
+        if self.right_kind == "identity" and self.rank != self.in_features:
+            raise ValueError(f"an identity right side needs rank = in_features = {self.in_features}, got {self.rank}")
+        if self._left and sum(basis.weight.shape[1] for basis in self._left) != self.rank:
+            raise ValueError("the shared left bases do not add up to the rank")
+        if self._right and sum(basis.weight.shape[0] for basis in self._right) != self.rank:
+            raise ValueError("the shared right bases do not add up to the rank")
+        if self.core_kind == "block" and self.rank % self.block_size:
+            raise ValueError(f"rank {self.rank} is not divisible by the core's block size {self.block_size}")
+
+    def _identity_core(self) -> Tensor:
+        if self.core_kind == "diagonal":
+            return torch.ones(self.rank)
+        if self.core_kind == "block":
+            return torch.eye(self.block_size).repeat(self.rank // self.block_size, 1, 1)
+        return torch.eye(self.rank)
+
+    def left_factor(self) -> Tensor | None:
+        """U, (out_features, rank), or None for the identity."""
+        if self.left_kind == "shared":
+            pieces: list[Tensor] = [basis.weight for basis in self._left]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        return self.left if self.left_kind == "private" else None
+
+    def right_factor(self) -> Tensor | None:
+        """V^T, (rank, in_features), or None for the identity."""
+        if self.right_kind == "shared":
+            pieces: list[Tensor] = [basis.weight for basis in self._right]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=0)
+        return self.right if self.right_kind == "private" else None
+
+    def effective_core(self) -> Tensor | None:
+        """Sigma with the active adaptor added; None stands for the identity."""
+        core = self.core if self.core_kind != "none" else None
+        if self.active_adaptor is None:
+            return core
+        change = self.adaptors[self.active_adaptor]
+        return (self._identity_core().to(change) if core is None else core) + change
+
+    def folded(self) -> tuple[Tensor | None, Tensor | None]:
+        """U and V^T with Sigma multiplied into U (into V^T where U is the identity)."""
+        left, right, core = self.left_factor(), self.right_factor(), self.effective_core()
+        if core is None:
+            return left, right
+        if left is not None:
+            return _times_core(left, core), right
+        assert right is not None
+        return None, _times_core(right.T, core.mT if core.ndim > 1 else core).T
+
+    def merged_weight(self) -> Tensor:
+        """The dense matrix W = U Sigma V^T, (out_features, in_features)."""
+        left, right = self.folded()
+        if left is None or right is None:
+            weight = right if left is None else left
+            assert weight is not None
+            return weight
+        return left @ right
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.folded()
+        if right is not None:
+            x = F.linear(x, right)
+        return x if left is None else F.linear(x, left)
+
+    def weight_inputs(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each matrix with the input that it multiplies, for optimisers that use activation statistics.
+
+        Yields:
+            ``(parameter, input)``, the input with the parameter's second axis last.
+        """
+        right, core = self.right_factor(), self.effective_core()
+        inner = x if right is None else F.linear(x, right)
+        if self.right_kind == "shared":
+            yield from ((basis.weight, x) for basis in self._right)
+        elif self.right_kind == "private":
+            yield self.right, x
+        if core is not None and core.ndim == 2:
+            yield self.core if self.active_adaptor is None else self.adaptors[self.active_adaptor], inner
+        if core is not None and self.left_kind != "identity":
+            inner = _times_core(inner, core.mT if core.ndim > 1 else core)
+        if self.left_kind == "shared":
+            sizes = [basis.weight.shape[1] for basis in self._left]
+            yield from ((b.weight, part) for b, part in zip(self._left, inner.split(sizes, dim=-1), strict=True))
+        elif self.left_kind == "private":
+            yield self.left, inner
+
+    def add_adaptor(self, name: str) -> None:
+        """Adds a task core that starts at zero, so that the layer's function does not change.
+
+        Raises:
+            ValueError: The name is taken.
+        """
+        if name in self.adaptors:
+            raise ValueError(f"adaptor {name!r} exists already")
+        reference = next(iter(self.parameters()), None)
+        if reference is None:
+            reference = (self._left or self._right)[0].weight
+        self.adaptors[name] = nn.Parameter(torch.zeros_like(self._identity_core()).to(reference))
+
+    def set_adaptor(self, name: str | None) -> None:
+        """Chooses the task core that is added to Sigma; None is the base model.
+
+        Raises:
+            ValueError: There is no adaptor of that name.
+        """
+        if name is not None and name not in self.adaptors:
+            raise ValueError(f"no adaptor {name!r}; there are: {', '.join(sorted(self.adaptors.keys())) or 'none'}")
+        self.active_adaptor = name
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_features}, {self.out_features}, rank={self.rank}, left={self.left_kind}, "
+            f"right={self.right_kind}, core={self.core_kind}"
+        )
+
+
+def _times_core(matrix: Tensor, core: Tensor) -> Tensor:
+    """``matrix @ Sigma`` over the last axis, whatever Sigma's form."""
+    if core.ndim == 1:
+        return matrix * core
+    if core.ndim == 2:
+        return matrix @ core
+    blocks = matrix.unflatten(-1, (core.shape[0], core.shape[1]))
+    return torch.einsum("...nb,nbc->...nc", blocks, core).flatten(-2)
+
+
+class GroveBank(nn.Module):
+    """The shared bases of one type of projection, over all layers of a model.
+
+    Args:
+        rows: Rows of each layer's basis.
+        columns: Columns of each layer's basis.
+        num_layers: Layers of the model.
+        group_size: Layers that share one basis.
+        sharing: "group": disjoint groups of neighbours. "band": each layer's basis is made of ``group_size``
+            pieces along the rank, of which it shares all but one with the next layer, so that every piece serves
+            ``group_size`` layers and no two layers have the same basis. A piece keeps its place within the rank in
+            every layer that uses it, so that the units of a head keep their resolution.
+        rank_axis: The axis (0 or 1) along which a band is cut.
+        std: Standard deviation of the initial values.
+
+    Raises:
+        ValueError: The rank axis is not divisible into ``group_size`` pieces.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        num_layers: int,
+        group_size: int,
+        sharing: Literal["group", "band"],
+        rank_axis: Literal[0, 1],
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.group_size, self.sharing = group_size, sharing
+        shape = [rows, columns]
+        if sharing == "band":
+            if shape[rank_axis] % group_size:
+                raise ValueError(f"rank {shape[rank_axis]} is not divisible by group_size {group_size}")
+            shape[rank_axis] //= group_size
+            count = num_layers + group_size - 1
+        else:
+            count = -(-num_layers // group_size)
+        self.bases = nn.ModuleList(Basis(shape[0], shape[1], std) for _ in range(count))
+
+    def of_layer(self, layer: int) -> tuple[Basis, ...]:
+        """The pieces that the basis of a layer is made of, in the order of the rank."""
+        if self.sharing == "group":
+            return (self._piece(layer // self.group_size),)
+        pieces = range(layer, layer + self.group_size)
+        return tuple(self._piece(index) for index in sorted(pieces, key=lambda index: index % self.group_size))
+
+    def _piece(self, index: int) -> Basis:
+        piece = self.bases[index]
+        assert isinstance(piece, Basis)
+        return piece

@@ -1,0 +1,122 @@
+"""What every model shares: norms, rotary positions, short convolution, feed-forward and the loss.
+
+Shapes: ``x`` is (batch, sequence, channels); heads are (batch, heads, sequence, head_dim).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MakeProjection = Callable[[str, int, int], nn.Module]
+"""Builds the projection of a name, e.g. ``("q_proj", in_features, out_features)``."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain for each channel (Zhang and Sennrich, arXiv:1910.07467)."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, eps: float) -> nn.Module:
+    """The norm of a configuration."""
+    if kind == "rmsnorm":
+        return RMSNorm(hidden_size, eps)
+    return nn.LayerNorm(hidden_size, eps=eps)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotary positions in the half-split layout of Llama (Su et al., arXiv:2104.09864).
+
+    Positions are absolute token positions, so a pooled key may be placed at the end of its block.
+    """
+
+    def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {head_dim}")
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotates ``x`` (batch, heads, sequence, head_dim) to ``positions`` (sequence,)."""
+        planes = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device)
+        angles = positions.to(torch.float32)[:, None] * (1.0 / self.theta ** (planes / self.head_dim))[None, :]
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over a few tokens; starts as the identity.
+
+    It is Arnold's finest resolution: each channel sees its last ``kernel_size`` values
+    (Canon layers, arXiv:2512.17351).
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.weight = nn.Parameter(torch.zeros(kernel_size, channels))
+        nn.init.ones_(self.weight[-1])
+
+    def forward(self, x: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Convolves ``x`` (batch, sequence, channels).
+
+        Args:
+            x: New values.
+            history: The last ``kernel_size - 1`` values before ``x``, or None at the start of a text.
+
+        Returns:
+            The convolved values, shape of ``x``, and the history for the next call.
+        """
+        reach = self.kernel_size - 1
+        padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat((history, x), dim=1)
+        length = x.shape[1]
+        weight = self.weight.to(x.dtype)
+        result = padded[:, reach:] * weight[reach]
+        for tap in range(reach):
+            result = torch.addcmul(result, padded[:, tap : tap + length], weight[tap])
+        return result, padded[:, length:]
+
+
+class FeedForward(nn.Module):
+    """Two or three matrices and a non-linearity.
+
+    ``gelu``: GPT-2's. ``swiglu``: Llama's gated form (arXiv:2002.05202). ``relu2``: squared ReLU
+    (Primer, arXiv:2109.08668), two matrices and the cheapest on a CPU.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        kind: Literal["gelu", "swiglu", "relu2"],
+        make_projection: MakeProjection,
+    ) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "swiglu":
+            self.gate_proj = make_projection("gate_proj", hidden_size, intermediate_size)
+        self.up_proj = make_projection("up_proj", hidden_size, intermediate_size)
+        self.down_proj = make_projection("down_proj", intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up_proj(x)
+        if self.kind == "swiglu":
+            hidden = F.silu(self.gate_proj(x)) * hidden
+        elif self.kind == "gelu":
+            hidden = F.gelu(hidden, approximate="tanh")
+        else:
+            hidden = F.relu(hidden).square()
+        return self.down_proj(hidden)

@@ -1,0 +1,57 @@
+"""Which device and number type a machine trains with: one function each, so that the choice can be tested and printed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of a name, or the best one: CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        ValueError: The named device is not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
+    return device
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 natively, so that it is faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
+
+
+def choose_precision(name: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+    """The precision of the forward and backward pass; "auto" is bf16 where it is native.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    if name == "auto":
+        return "bf16" if has_fast_bfloat16(device) else "fp32"
+    if name not in ("bf16", "fp32"):
+        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
+    return name
+
+
+def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> torch.autocast:
+    """A context in which matrix products run in the given precision; parameters stay float32."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

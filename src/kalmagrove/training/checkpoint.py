@@ -1,0 +1,371 @@
+"""Save training checkpoints that survive crashes, and load them only when every byte is as it was written.
+
+A checkpoint is a folder `step-00000500` with `model.safetensors`, `optimizer.safetensors`, `state.json`
+(everything that is not a tensor) and `manifest.json` (size and SHA-256 of the other three).
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import fsync_file, fsync_folder, temporary_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 1
+
+_MODEL = "model.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+_MANIFEST = "manifest.json"
+_CONTENT = (_MODEL, _OPTIMIZER, _STATE)
+_REPLACED = ".replaced"
+_CHECKPOINT_NAME = re.compile(r"step-(\d+)(\.replaced)?")
+_TEMPORARY_NAME = re.compile(r"\.step-\d+(\.replaced)?\.tmp-.+")
+
+
+class CheckpointError(KalmaGroveError):
+    """A checkpoint is incomplete, damaged or of another format.
+
+    Attributes:
+        path: The checkpoint's folder.
+        reason: Which of its files is wrong, and how.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"Checkpoint {path} cannot be used: {reason}; choose another checkpoint, or delete this one and train again"
+        )
+        self.path = path
+        self.reason = reason
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """The verified content of one checkpoint, with every tensor on the CPU.
+
+    Attributes:
+        path: The folder it came from.
+        step: How many optimiser steps had been done.
+        model: The model's state; tied tensors are one object under several names.
+        optimizer: What `Optimizer.state_dict()` gave, with the same types.
+        progress: The caller's own JSON values.
+    """
+
+    path: Path
+    step: int
+    model: dict[str, "Tensor"]
+    optimizer: dict[str, Any]
+    progress: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: Mapping[str, "Tensor"],
+    optimizer: Mapping[str, Any],
+    progress: Mapping[str, Any],
+    keep_last: int = 2,
+) -> Path:
+    """Write one checkpoint completely before it gets its name, then remove the oldest.
+
+    A step that is saved again replaces its checkpoint. Checkpoints of later steps are left alone.
+
+    Args:
+        folder: Where the checkpoints of one run lie; created when missing. One process may write to it at a time.
+        step: How many optimiser steps have been done.
+        model: Tensors by name, on any device; names that share one tensor are stored once.
+        optimizer: A `torch.optim.Optimizer.state_dict()`: nested dicts, lists and tuples of tensors and plain values.
+        progress: Any JSON values with string keys that a resumed run needs; tuples come back as lists.
+        keep_last: How many checkpoints to keep, this one included, among those up to this step.
+
+    Returns:
+        The new checkpoint's folder.
+
+    Raises:
+        OSError: The disk is full or cannot be written; the earlier checkpoints are still there.
+        TypeError: The optimiser's state or the progress holds a value that cannot be stored.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last must be at least 1, not {keep_last}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_temporaries(folder)
+    final = folder / f"step-{step:08d}"
+    temporary = temporary_name(final)
+    try:
+        temporary.mkdir()
+        _write_content(temporary, step, model, optimizer, progress)
+        fsync_folder(temporary)
+        _move_into_place(temporary, final)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(folder)
+    _prune(folder, step, keep_last)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint after comparing the size and SHA-256 of each of its files with the manifest.
+
+    Args:
+        path: The checkpoint's own folder, such as `checkpoints/step-00000500`.
+
+    Raises:
+        CheckpointError: A file is missing, cut, changed, a symbolic link or unreadable, or the format is unknown.
+    """
+    try:
+        step = _verify(path)
+        state = json.loads((path / _STATE).read_bytes())
+        model = _read_tensors(path / _MODEL, state["model_aliases"])
+        optimizer_tensors = _read_tensors(path / _OPTIMIZER, state["optimizer_aliases"])
+        optimizer = _decode(state["optimizer"], optimizer_tensors)
+        if state["step"] != step:
+            raise CheckpointError(path, f"{_MANIFEST} says step {step} and {_STATE} says step {state['step']}")
+        return Checkpoint(path=path, step=step, model=model, optimizer=optimizer, progress=state["progress"])
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(path, f"it cannot be read ({error.strerror or error})") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(path, f"its content does not have the checkpoint format ({error!r})") from error
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Find the newest checkpoint that is whole.
+
+    Args:
+        folder: Where the checkpoints of one run lie; it may be missing.
+
+    Returns:
+        The checkpoint, or None where no whole one exists, and one line for each newer one that was passed over,
+        with its name and what is wrong with it.
+    """
+    passed_over: list[str] = []
+    for _, _, path in sorted(_named_checkpoints(folder), reverse=True):
+        try:
+            return load_checkpoint(path), passed_over
+        except CheckpointError as error:
+            passed_over.append(f"{path.name}: {error.reason}")
+    return None, passed_over
+
+
+def _named_checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
+    """Yield (step, whether it holds its own name, path); one without its name was being replaced in a crash."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := _CHECKPOINT_NAME.fullmatch(path.name):
+                yield int(match[1]), match[2] is None, path
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _move_into_place(temporary: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(temporary, final)
+        return
+    # A folder cannot be renamed over a full one; the old one keeps a name under which it can be found meanwhile.
+    replaced = final.with_name(final.name + _REPLACED)
+    if replaced.exists():
+        _remove_checkpoint(replaced)
+    os.rename(final, replaced)
+    try:
+        os.rename(temporary, final)
+    except BaseException:
+        os.rename(replaced, final)
+        raise
+
+
+def _prune(folder: Path, step: int, keep_last: int) -> None:
+    older = sorted((entry for entry in _named_checkpoints(folder) if entry[0] <= step), reverse=True)
+    kept_steps = [entry_step for entry_step, has_own_name, _ in older if has_own_name][:keep_last]
+    for entry_step, has_own_name, path in older:
+        if not has_own_name or entry_step not in kept_steps:
+            _remove_checkpoint(path)
+
+
+def _remove_checkpoint(path: Path) -> None:
+    # Without its name first, so that a crash in between leaves no half checkpoint to be found.
+    unnamed = path.with_name(f"{temporary_name(path).name}-removed")
+    os.rename(path, unnamed)
+    shutil.rmtree(unnamed, ignore_errors=True)
+
+
+def _write_content(
+    folder: Path, step: int, model: Mapping[str, "Tensor"], optimizer: Mapping[str, Any], progress: Mapping[str, Any]
+) -> None:
+    optimizer_tensors: dict[str, Tensor] = {}
+    skeleton = _encode(optimizer, "", optimizer_tensors)
+    state = {
+        "step": step,
+        "model_aliases": _write_tensors(folder / _MODEL, model),
+        "optimizer_aliases": _write_tensors(folder / _OPTIMIZER, optimizer_tensors),
+        "optimizer": skeleton,
+        "progress": dict(progress),
+    }
+    _write_json(folder / _STATE, state)
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _CONTENT}
+    _write_json(folder / _MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files})
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    fsync_file(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, str]:
+    """Store each distinct tensor once and return the name it has for each further name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    names_by_memory: dict[tuple[Any, ...], str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and memory in names_by_memory:
+            aliases[name] = names_by_memory[memory]
+        else:
+            names_by_memory[memory] = name
+            stored[name] = tensor
+    try:
+        save_file(_without_shared_storage(stored), path)
+    except SafetensorError as error:
+        # The library hides the error number of a full disk in its own exception.
+        raise OSError(f"{path} could not be written: {error}") from error
+    # The library makes the file private to its owner, unlike the others beside it.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    fsync_file(path)
+    return aliases
+
+
+def _without_shared_storage(tensors: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
+    import torch
+
+    storages: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        on_cpu = tensor.detach().cpu()
+        storage = on_cpu.untyped_storage()
+        owns_storage = storage.nbytes() == on_cpu.numel() * on_cpu.element_size()
+        if not (on_cpu.is_contiguous() and owns_storage) or storage.data_ptr() in storages:
+            on_cpu = on_cpu.clone(memory_format=torch.contiguous_format)
+        storages.add(on_cpu.untyped_storage().data_ptr())
+        separate[name] = on_cpu
+    return separate
+
+
+def _read_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, "Tensor"]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            # Cloned, since the file's own pages must not stay in use once the checkpoint is pruned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(path.parent, f"{path.name} is not a safetensors file ({error})") from error
+    return tensors | {alias: tensors[name] for alias, name in aliases.items()}
+
+
+def _encode(value: Any, name: str, tensors: dict[str, "Tensor"]) -> Any:
+    """Return a JSON skeleton of nested values and collect their tensors; each container carries its type."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        unique = name
+        while unique in tensors:
+            unique += "'"
+        tensors[unique] = value
+        return {"tensor": unique}
+    if isinstance(value, Mapping):
+        return {
+            "dict": [[_plain_key(key, name), _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]
+        }
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"The optimiser's state{name} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _plain_key(key: Any, name: str) -> Any:
+    if isinstance(key, bool | int | str):
+        return key
+    raise TypeError(f"The optimiser's state{name} has the key {key!r}, which is neither a string nor an integer")
+
+
+def _decode(skeleton: Any, tensors: Mapping[str, "Tensor"]) -> Any:
+    if not isinstance(skeleton, dict):
+        return skeleton
+    [(kind, content)] = skeleton.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _decode(item, tensors) for key, item in content}
+    if kind == "float":
+        return float(content)
+    items = [_decode(item, tensors) for item in content]
+    return items if kind == "list" else tuple(items)
+
+
+def _verify(path: Path) -> int:
+    """Compare a checkpoint with its manifest and return its step."""
+    if not path.is_dir() or path.is_symlink():
+        raise CheckpointError(path, "it is not a folder")
+    manifest = _read_manifest(path)
+    for name, listed in manifest["files"].items():
+        file = _regular_file(path, name)
+        size = file.stat().st_size
+        if size != listed["bytes"]:
+            change = "is cut" if size < listed["bytes"] else "has grown"
+            raise CheckpointError(path, f"{name} {change}: it has {size} bytes, not {listed['bytes']}")
+        if _sha256(file) != listed["sha256"]:
+            raise CheckpointError(path, f"{name} has changed since it was written (its SHA-256 differs)")
+    return manifest["step"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(_regular_file(path, _MANIFEST).read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(path, f"{_MANIFEST} is cut or is not JSON") from error
+    version = manifest["format_version"]
+    if version != FORMAT_VERSION:
+        raise CheckpointError(path, f"{_MANIFEST} has format version {version!r}, and only {FORMAT_VERSION} is known")
+    for name in manifest["files"]:
+        if Path(name).name != name or name in ("", "..") or "\\" in name:
+            raise CheckpointError(path, f"{_MANIFEST} lists {name!r}, which leaves the checkpoint's folder")
+    if sorted(manifest["files"]) != sorted(_CONTENT):
+        raise CheckpointError(path, f"{_MANIFEST} does not list exactly {', '.join(_CONTENT)}")
+    return manifest
+
+
+def _regular_file(folder: Path, name: str) -> Path:
+    file = folder / name
+    if file.is_symlink():
+        raise CheckpointError(folder, f"{name} is a symbolic link")
+    if not file.is_file():
+        raise CheckpointError(folder, f"{name} is missing")
+    return file

@@ -1,0 +1,281 @@
+"""Keep everything about one training run in one folder, which one process at a time may use."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import write_json_atomic, write_text_atomic
+
+_LOCK = ".lock"
+_ABSENT = "(absent)"
+_SHOWN_DIFFERENCES = 3
+_SHOWN_CHARACTERS = 60
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run; `open_run_folder` gives one for writing, `RunFolder(path)` one for reading.
+
+    Used as a context manager it gives the folder free at the end.
+
+    Attributes:
+        path: The folder itself.
+        lock: The open file that keeps other processes out, None for reading only.
+    """
+
+    path: Path
+    lock: IO[bytes] | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment_path(self) -> Path:
+        """The machine and the package versions, as JSON."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON record a line, in the order of the steps."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        """The folder of the checkpoints, which the first of them creates."""
+        return self.path / "checkpoints"
+
+    @property
+    def model_path(self) -> Path:
+        """The folder of the finished model, which its export creates."""
+        return self.path / "model"
+
+    @property
+    def result_path(self) -> Path:
+        """The finished run's outcome, as JSON."""
+        return self.path / "result.json"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the metrics records, without a last line that a crash cut.
+
+        Raises:
+            KalmaGroveError: A line before the last is not a JSON object.
+        """
+        return [record for _, record in self._metrics_lines()]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the records after a step, so that a run resumed there continues without repeats.
+
+        A record without a `step` belongs to the one before it.
+
+        Raises:
+            KalmaGroveError: A line before the last is not a JSON object.
+        """
+        kept = []
+        record_step = 0
+        for line, record in self._metrics_lines():
+            record_step = record.get("step", record_step)
+            if record_step <= step:
+                kept.append(line + "\n")
+        if self.metrics_path.exists():
+            write_text_atomic(self.metrics_path, "".join(kept))
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Replace the run's outcome in one step; floats that are not finite become null."""
+        write_json_atomic(self.result_path, result)
+
+    def read_result(self) -> dict[str, Any] | None:
+        """Return the run's outcome, or None while there is none.
+
+        Raises:
+            KalmaGroveError: The file is not a JSON object.
+        """
+        try:
+            result = json.loads(self.result_path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise KalmaGroveError(f"{self.result_path} is not valid JSON; delete it and run again") from error
+        if not isinstance(result, dict):
+            raise KalmaGroveError(f"{self.result_path} does not hold a JSON object; delete it and run again")
+        return result
+
+    def release(self) -> None:
+        """Let other processes use the folder; doing so twice is harmless."""
+        if self.lock is not None and not self.lock.closed:
+            _unlock(self.lock)
+            self.lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def _metrics_lines(self) -> list[tuple[str, dict[str, Any]]]:
+        try:
+            lines = self.metrics_path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        parsed = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode()
+                record = json.loads(text)
+                if not isinstance(record, dict):
+                    raise ValueError("not an object")
+            except ValueError as error:
+                if number == len(lines):
+                    break
+                raise KalmaGroveError(
+                    f"{self.metrics_path} line {number} is not a JSON object; delete that line and run again"
+                ) from error
+            parsed.append((text, record))
+        return parsed
+
+
+def open_run_folder(
+    folder: Path, config: Mapping[str, Any], *, allow_changed: frozenset[str] = frozenset()
+) -> RunFolder:
+    """Create a run's folder, or open it again to continue with the same configuration.
+
+    Nothing that is there is overwritten: a folder that is opened again keeps its configuration file.
+
+    Args:
+        folder: The run's folder; it may be missing or empty.
+        config: The whole resolved configuration: nested mappings, sequences, paths and plain values.
+        allow_changed: Dotted names of keys, or of groups of keys, that may differ from the folder's.
+
+    Returns:
+        The folder, locked against other processes until it is released.
+
+    Raises:
+        KalmaGroveError: The folder is in use, holds something else, or belongs to another configuration.
+    """
+    import yaml
+
+    run = RunFolder(folder)
+    _require_run_folder_or_empty(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        _remove_temporaries(folder)
+        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+        if run.config_path.exists():
+            _require_same_config(run, yaml.safe_load(text), allow_changed)
+        else:
+            write_text_atomic(run.config_path, text)
+    except BaseException:
+        lock.close()
+        raise
+    return RunFolder(folder, lock)
+
+
+def _require_run_folder_or_empty(run: RunFolder) -> None:
+    if run.config_path.is_file():
+        return
+    if run.path.exists() and not run.path.is_dir():
+        raise KalmaGroveError(f"{run.path} is a file; choose another run folder")
+    # A crash before the first configuration was in place leaves only a lock or a temporary file.
+    unfinished = (_LOCK, f".{run.config_path.name}.tmp-")
+    if run.path.is_dir() and any(not entry.name.startswith(unfinished) for entry in run.path.iterdir()):
+        raise KalmaGroveError(
+            f"{run.path} is not empty and is not a run folder (it has no config.yaml); choose another folder"
+        )
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.glob(".*.tmp-*"):
+        if path.is_file():
+            path.unlink()
+
+
+def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_changed: frozenset[str]) -> None:
+    import yaml
+
+    try:
+        stored = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KalmaGroveError(f"{run.config_path} is not valid YAML; choose another run folder") from error
+    if not isinstance(stored, dict):
+        raise KalmaGroveError(f"{run.config_path} does not hold a configuration; choose another run folder")
+    differences = [
+        f"{name}: {_shorten(old)} -> {_shorten(new)}"
+        for name, old, new in _differences(stored, config, "")
+        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in allow_changed)
+    ]
+    if differences:
+        more = len(differences) - _SHOWN_DIFFERENCES
+        shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
+        raise KalmaGroveError(
+            f"Run folder {run.path} belongs to another configuration ({shown}); "
+            "choose another folder or delete this one"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Return a configuration value made only of what YAML's safe form can hold."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
+    """Return (dotted name, old value, new value) for each leaf that differs, in the new one's order."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*new, *(key for key in old if key not in new)]
+        prefix = f"{name}." if name else ""
+        pairs = [(f"{prefix}{key}", old.get(key, _ABSENT), new.get(key, _ABSENT)) for key in keys]
+        return [difference for child, before, after in pairs for difference in _differences(before, after, child)]
+    both_nan = old != old and new != new
+    return [] if old == new or both_nan else [(name, old, new)]
+
+
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+
+
+def _lock(folder: Path) -> IO[bytes]:
+    """Open the folder's lock file and hold it; the system frees it when the process ends in any way."""
+    file = (folder / _LOCK).open("ab")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # Some network file systems have no locks, and a run there is better than none.
+        if error.errno not in _NO_LOCKS_HERE:
+            file.close()
+            raise KalmaGroveError(
+                f"Run folder {folder} is in use by another process; wait for it to end or choose another folder"
+            ) from error
+    return file
+
+
+def _unlock(file: IO[bytes]) -> None:
+    # Closing alone would leave the lock with worker processes that were forked meanwhile.
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_UN)
