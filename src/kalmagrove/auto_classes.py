@@ -1,4 +1,4 @@
-"""Lets transformers' Auto classes open our folders after ``import kalmagrove``, without importing transformers first."""
+"""Lets transformers' Auto classes open our folders after ``import kalmagrove``, whichever is imported first."""
 
 from __future__ import annotations
 

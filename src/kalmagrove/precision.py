@@ -1,4 +1,4 @@
-"""Which device and number type a machine trains with: one function each, so that the choice can be tested and printed."""
+"""Which device and number type a machine trains with: one function each, to be tested and printed."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
@@ -75,14 +76,9 @@ def from_stock(stock: PreTrainedModel) -> KalmaGroveForCausalLM:
     Raises:
         KalmaGroveError: Another architecture, or an option of it that our decoder does not have.
     """
-    source = stock.config
-    if source.model_type == "llama":
-        config, weights = _from_llama(source), dict(stock.state_dict())
-    elif source.model_type == "gpt2":
-        config = _from_gpt2(source)
-        weights = _from_gpt2_names(config, dict(stock.state_dict()))
-    else:
-        raise KalmaGroveError(f"model type {source.model_type!r} cannot be converted; gpt2 and llama can")
+    config, weights = _config_from_stock(stock.config), dict(stock.state_dict())
+    if stock.config.model_type == "gpt2":
+        weights = _from_gpt2_names(config, weights)
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     with torch.random.fork_rng():
@@ -104,12 +100,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     Raises:
         KalmaGroveError: It is not a model folder or cannot be read.
     """
-    path = Path(folder)
-    if path.is_dir() and not (path / "config.json").is_file():
-        inner = path / "model"
-        if not (inner / "config.json").is_file():
-            raise KalmaGroveError(f"{folder} holds no config.json; give a model folder or a run folder that is done")
-        folder = inner
+    folder = model_folder(folder)
     register_when_imported()
     with _quiet_transformers():
         try:
@@ -118,6 +109,41 @@ def load_model(folder: str | Path) -> PreTrainedModel:
             raise KalmaGroveError(f"cannot load a model from {folder}: {_first_line(error)}") from error
     loaded: PreTrainedModel = model
     return loaded.eval()
+
+
+def model_folder(folder: str | Path) -> str:
+    """The Hugging Face folder that a run folder holds, or the folder (or Hub name) itself.
+
+    Raises:
+        KalmaGroveError: It exists and holds no model.
+    """
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise KalmaGroveError(f"{folder} holds no config.json; give a model folder or a run folder that is done")
+        return str(path / "model")
+    return str(folder)
+
+
+def load_config(folder: str | Path) -> KalmaGroveConfig:
+    """The configuration of a folder of ours, or of a stock GPT-2 or Llama one.
+
+    Raises:
+        KalmaGroveError: It cannot be read or converted.
+    """
+    register_when_imported()
+    try:
+        config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise KalmaGroveError(f"cannot read a model configuration from {folder}: {_first_line(error)}") from error
+    if isinstance(config, KalmaGroveConfig):
+        return config
+    return _config_from_stock(config)
+
+
+def as_decoder(model: PreTrainedModel) -> KalmaGroveForCausalLM:
+    """Our decoder as it is, a stock model converted."""
+    return model if isinstance(model, KalmaGroveForCausalLM) else from_stock(model)
 
 
 class _quiet_transformers:
@@ -155,6 +181,14 @@ def _llama_config(config: KalmaGroveConfig) -> LlamaConfig:
         initializer_range=config.initializer_range,
         **_special_tokens(config),
     )
+
+
+def _config_from_stock(source: Any) -> KalmaGroveConfig:
+    if source.model_type == "llama":
+        return _from_llama(source)
+    if source.model_type == "gpt2":
+        return _from_gpt2(source)
+    raise KalmaGroveError(f"model type {source.model_type!r} cannot be converted; gpt2 and llama can")
 
 
 def _from_llama(source: Any) -> KalmaGroveConfig:

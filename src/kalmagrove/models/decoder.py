@@ -82,15 +82,12 @@ class KalmaGrovePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, GroveLinear):
+        elif isinstance(module, GroveLinear | ShortConvolution):
             module.reset_parameters()
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, ShortConvolution):
-            nn.init.zeros_(module.weight)
-            nn.init.ones_(module.weight[-1])
         elif isinstance(module, MultiResolutionAttention):
             if module.qk_norm:
                 nn.init.ones_(module.query_gain)

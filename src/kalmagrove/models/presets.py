@@ -46,12 +46,12 @@ class Size:
 
 
 SIZES = {
-    "tiny": Size(128, 4, 32, slim_width=128),
+    "tiny": Size(128, 4, 32, slim_width=120),
     "mini": Size(128, 6, 32, slim_width=120),
-    "small": Size(256, 8, 64, slim_width=232),
-    "medium": Size(512, 8, 64, slim_width=480),
-    "base": Size(768, 12, 64, slim_width=672, vocab_size=50257, context_length=1024),
-    "large": Size(1024, 24, 64, slim_width=896, inner_ratio=4, vocab_size=50257, context_length=1024),
+    "small": Size(256, 8, 64, slim_width=228),
+    "medium": Size(512, 8, 64, slim_width=452),
+    "base": Size(768, 12, 64, slim_width=696, vocab_size=50257, context_length=1024),
+    "large": Size(1024, 24, 64, slim_width=964, inner_ratio=4, vocab_size=50257, context_length=1024),
 }
 TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
 LOCAL_WINDOW = 64
@@ -127,7 +127,7 @@ def _family_options(family: str, width: int, head_dim: int, inner_ratio: int) ->
     if family == "llama-plus":
         return llama | TRICKS
     if family == "slim":
-        half_heads = max(1, width // 2 // head_dim)
+        half_heads = max(2, round(width / 2 / head_dim))
         return TRICKS | {
             "feed_forward": "relu2",
             "num_attention_heads": half_heads,

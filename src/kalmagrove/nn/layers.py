@@ -67,8 +67,15 @@ class ShortConvolution(nn.Module):
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.weight = nn.Parameter(torch.zeros(kernel_size, channels))
-        nn.init.ones_(self.weight[-1])
+        # The shape of a depthwise nn.Conv1d; optimisers for matrices rightly leave it alone.
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The identity: only the present token counts."""
+        self.weight.zero_()
+        self.weight[:, 0, -1] = 1.0
 
     def forward(self, x: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves ``x`` (batch, sequence, channels).
@@ -83,7 +90,7 @@ class ShortConvolution(nn.Module):
         reach = self.kernel_size - 1
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat((history, x), dim=1)
         length = x.shape[1]
-        weight = self.weight.to(x.dtype)
+        weight = self.weight.squeeze(1).T.to(x.dtype).contiguous()
         result = padded[:, reach:] * weight[reach]
         for tap in range(reach):
             result = torch.addcmul(result, padded[:, tap : tap + length], weight[tap])

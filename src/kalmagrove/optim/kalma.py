@@ -278,12 +278,18 @@ def describe_groups(groups: list[dict[str, Any]]) -> str:
     lines = []
     for group in groups:
         count = sum(p.numel() for p in group["params"])
-        names = sorted({name.rsplit(".", 2)[-2] if "." in name else name for name in group["names"]})
+        names = sorted({_role(name) for name in group["names"]})
         lines.append(
             f"{group['method']}: {len(group['params'])} tensors, {count:,} parameters, lr {group['lr']:g}, "
             f"weight decay {group['weight_decay']:g} ({', '.join(names)})"
         )
     return "\n".join(lines)
+
+
+def _role(name: str) -> str:
+    """The part of a parameter's name that says what it is: ``q_proj`` of ``layers.3.q_proj.weight``."""
+    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias", "bases")]
+    return parts[-1] if parts else name
 
 
 def _split_by_method(params: Iterable[Any]) -> list[dict[str, Any]]:

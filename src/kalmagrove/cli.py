@@ -1,0 +1,76 @@
+"""The command ``kalmagrove``: finds the sub-command, lets it run, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 after Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from kalmagrove.errors import KalmaGroveError, UsageError
+
+COMMANDS = {
+    "compare": "train a Transformer and a KalmaGrove on the same text and report which is better",
+    "train": "one training run",
+    "eval": "perplexity and bits per byte of a model on a text",
+    "generate": "text from a prompt",
+    "info": "parameters, FLOPs and memory of a model before it is trained",
+    "data": "tokenise and pack a text (data prepare)",
+    "report": "write a comparison's report again",
+}
+_HELP = """usage: kalmagrove COMMAND [options]
+
+Train language models cheaply.
+
+commands:
+{commands}
+
+Each has its own help: kalmagrove COMMAND --help
+
+examples:
+  kalmagrove compare --budget 10m --out runs/demo
+  kalmagrove train --data book.txt --model.preset kalmagrove-mini --tokens 5m --out runs/book
+  kalmagrove generate runs/book "Once upon a time"
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except BrokenPipeError:
+        # The reader of our output went away, as `head` does.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (KalmaGroveError, OSError) as error:
+        print(f"kalmagrove: {error}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 2 if isinstance(error, UsageError) else 1))
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        return 0 if words else 2
+    if words[0] == "--version":
+        from kalmagrove import __version__
+
+        print(f"kalmagrove {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(words[0], COMMANDS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"unknown command {words[0]!r}; did you mean {nearest!r}? See kalmagrove --help")
+    module = importlib.import_module(f"kalmagrove.commands.{words[0].replace('eval', 'evaluate')}")
+    module.run(words[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""``kalmagrove compare``, the main job."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
+from kalmagrove.comparison.config import CompareConfig
+
+SHORT = {"--data": "--data.source", "--tokens": "--loop.tokens"}
+EXAMPLES = """\
+  kalmagrove compare --budget 10m --out runs/demo
+  kalmagrove compare --data book.txt --tokens 20m --seeds 0,1,2 --trials 3 --out runs/book
+  kalmagrove compare --models gpt2,llama,llama-plus,slim,kalmagrove --size mini --tokens 4m --out runs/five
+  kalmagrove compare --models llama,kalmagrove --optim kalma --tokens 4m --out runs/same-optimiser
+
+--data and --tokens are short for --data.source and --loop.tokens.
+The same command in the same folder goes on where it stopped."""
+
+
+def run(words: Sequence[str]) -> None:
+    """Compares models and writes the report."""
+    parser = make_parser(
+        "compare", "Train several models on the same tokens and report which is better, and at what price.", EXAMPLES
+    )
+    parser.add_class_arguments(CompareConfig)
+    parser.add_argument("--out", type=str, required=True, help="folder of the runs and the report")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    options = build(parser, parse(parser, words, SHORT))
+    config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
+    from kalmagrove.comparison.compare import compare
+
+    folder = Path(options.out)
+    command = "kalmagrove compare " + shlex.join(words)
+    results = compare(config, open_data(config.data), folder, command=command, say=say)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    show(folder)
+
+
+def show(folder: Path) -> None:
+    """Prints the table and the verdict of a comparison's folder."""
+    from rich.console import Console
+
+    from kalmagrove.report.results import load_results
+    from kalmagrove.report.table import build_table, to_rich
+    from kalmagrove.report.verdict import verdict
+
+    results = load_results(folder)
+    console = Console()
+    console.print(to_rich(build_table(results)))
+    console.print(verdict(results).sentence, highlight=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False)

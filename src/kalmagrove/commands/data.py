@@ -1,0 +1,37 @@
+"""``kalmagrove data prepare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import DataConfig
+
+SHORT = {"--data": "--source"}
+EXAMPLES = """\
+  kalmagrove data prepare --data texts/ --vocab_size 8192
+  kalmagrove data prepare --data wikitext:wikitext-103-raw-v1 --tokenizer gpt2 --folder runs/data"""
+
+
+def run(words: Sequence[str]) -> None:
+    """Tokenises and packs a text."""
+    if not words or words[0] not in ("prepare", "-h", "--help"):
+        given = f"got {words[0]!r}" if words else "got nothing"
+        raise UsageError(f"kalmagrove data needs the word prepare, {given}; see kalmagrove data prepare --help")
+    parser = make_parser("data prepare", "Tokenise and pack a text into token files.", EXAMPLES)
+    parser.add_class_arguments(DataConfig)
+    parser.add_argument("--json", action="store_true", help="print the manifest's numbers as JSON")
+    options = build(parser, parse(parser, words[1:] if words[0] == "prepare" else words, SHORT))
+    config = DataConfig(**{name: getattr(options, name) for name in DataConfig.__dataclass_fields__})
+    data = open_data(config)
+    if options.json:
+        splits = {name: asdict(info) for name, info in data.splits.items()}
+        print(json.dumps({"folder": str(data.folder), "fingerprint": data.fingerprint, "splits": splits}, indent=2))
+        return
+    for name, info in data.splits.items():
+        print(f"{name:<6}{info.tokens:>14,} tokens {info.words:>14,} words {info.documents:>10,} documents")
+    say(f"packed into {Path(data.folder)}")

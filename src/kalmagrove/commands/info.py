@@ -1,0 +1,116 @@
+"""``kalmagrove info``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from kalmagrove.commands.parsing import build, make_parser, parse
+from kalmagrove.training.config import ModelConfig
+
+SHORT = {"--preset": "--model.preset"}
+EXAMPLES = """\
+  kalmagrove info --preset kalmagrove-base
+  kalmagrove info --preset llama-small --vocab_size 8192 --context_length 256 --batch_size 32
+  kalmagrove info --folder runs/book"""
+
+
+def run(words: Sequence[str]) -> None:
+    """Prints what a model costs."""
+    parser = make_parser("info", "Parameters, FLOPs a token and memory of a model, before it is trained.", EXAMPLES)
+    parser.add_class_arguments(ModelConfig, "model")
+    parser.add_argument("--folder", type=str, default=None, help="a run or model folder in the place of a preset")
+    parser.add_argument("--vocab_size", type=int, default=None, help="left out: the preset's")
+    parser.add_argument("--context_length", type=int, default=None, help="tokens; left out: the preset's")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences of a training step")
+    parser.add_argument("--optim", type=str, default="kalma", help="kalma, muon or adamw: for the training memory")
+    parser.add_argument("--precision", type=str, default="bf16", help="bf16 or fp32: for the training memory")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = build(parser, parse(parser, words, SHORT))
+    facts = describe(options)
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return
+    _show(facts)
+
+
+def describe(options: Any) -> dict[str, Any]:
+    """The numbers that are shown, by name; counts, FLOPs and bytes."""
+    from kalmagrove.errors import UsageError
+    from kalmagrove.models.accounting import (
+        build_empty,
+        count_parameters,
+        decoding_bytes,
+        training_flops_per_token,
+        training_memory,
+    )
+    from kalmagrove.models.build import model_config
+    from kalmagrove.models.convert import load_config
+
+    if options.optim not in ("kalma", "muon", "adamw"):
+        raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
+    if options.precision not in ("bf16", "fp32"):
+        raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
+    if options.folder is not None:
+        config, name = load_config(options.folder), options.folder
+    else:
+        sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
+        given = {key: value for key, value in sizes.items() if value is not None}
+        config, name = model_config(options.model.preset, given | options.model.overrides()), options.model.preset
+    length = config.max_position_embeddings
+    parameters = count_parameters(build_empty(config))
+    memory = training_memory(
+        config,
+        batch_size=options.batch_size,
+        context_length=length,
+        optimizer=options.optim,
+        precision=options.precision,
+    )
+    return {
+        "name": name,
+        "context_length": length,
+        "batch_size": options.batch_size,
+        "optim": options.optim,
+        "precision": options.precision,
+        "parameters": {
+            "total": parameters.total,
+            "embedding": parameters.embedding,
+            "attention": parameters.attention,
+            "feed_forward": parameters.feed_forward,
+            "other": parameters.other,
+        },
+        "training_flops_per_token": round(training_flops_per_token(config, length)),
+        "training_memory_bytes": {
+            "total": memory.total,
+            "parameters": memory.parameters,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "activations": memory.activations,
+        },
+        "decoding_cache_bytes": decoding_bytes(config, length),
+    }
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=str(facts["name"]), show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for part, count in facts["parameters"].items():
+        table.add_row(f"parameters, {part.replace('_', ' ')}", f"{count:,}")
+    table.add_row("training FLOPs a token", f"{facts['training_flops_per_token'] / 1e6:,.1f} M", end_section=True)
+    for part, size in facts["training_memory_bytes"].items():
+        table.add_row(f"training memory, {part}", f"{size / 2**20:,.1f} MiB")
+    table.add_row(
+        f"decoding cache at {facts['context_length']} tokens", f"{facts['decoding_cache_bytes'] / 2**20:,.2f} MiB"
+    )
+    console = Console()
+    console.print(table)
+    console.print(
+        f"training memory for {facts['batch_size']} sequences of {facts['context_length']} tokens, {facts['optim']}, "
+        f"{facts['precision']}; work space of single operations comes on top",
+        highlight=False,
+    )

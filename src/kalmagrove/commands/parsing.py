@@ -1,0 +1,116 @@
+"""What the sub-commands' parsers share: configuration files, short names for long flags, and clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from kalmagrove.data.packing import PackedText, default_data_folder, prepare
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import DataConfig
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of examples."""
+
+
+def make_parser(command: str, description: str, examples: str, *, configurable: bool = True) -> ArgumentParser:
+    """A parser with ``--config`` and ``--print_config`` and with examples under its help."""
+    parser = ArgumentParser(
+        prog=f"kalmagrove {command}",
+        description=description,
+        epilog=f"examples:\n{examples.rstrip()}",
+        exit_on_error=False,
+        formatter_class=_HelpFormatter,
+    )
+    if configurable:
+        parser.add_argument("--config", action="config", help="a YAML file; flags after it override it")
+    return parser
+
+
+def parse(parser: ArgumentParser, words: Sequence[str], short: Mapping[str, str] | None = None) -> Namespace:
+    """Parses, with short names replaced by the flags that they stand for.
+
+    Raises:
+        UsageError: A flag is unknown (the nearest is offered) or its value is wrong.
+    """
+    try:
+        return parser.parse_args([_expand(word, short or {}) for word in words])
+    except ArgumentError as error:
+        raise UsageError(_explain(str(error), parser)) from None
+
+
+def build(parser: ArgumentParser, namespace: Namespace) -> Any:
+    """The dataclasses of a parsed command line.
+
+    Raises:
+        UsageError: Values do not fit together.
+    """
+    try:
+        return parser.instantiate(namespace)
+    except UsageError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
+def say(line: str) -> None:
+    """A line for a person, beside the command's output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def open_data(config: DataConfig) -> PackedText:
+    """The packed text of a configuration: reused where it was made before, else made now."""
+    folder = default_data_folder(
+        config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
+    )
+    return prepare(
+        config.source,
+        folder,
+        vocab_size=config.vocab_size,
+        tokenizer=config.tokenizer,
+        seed=config.seed,
+        progress=_DataProgress(),
+    )
+
+
+class _DataProgress:
+    """Says every few seconds how far the preparation of a text is."""
+
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def __call__(self, stage: str, count: int) -> None:
+        if time.monotonic() - self.last > 2:
+            self.last = time.monotonic()
+            say(f"{stage}: {count:,}")
+
+
+def _expand(word: str, short: Mapping[str, str]) -> str:
+    flag, equals, value = word.partition("=")
+    return short[flag] + equals + value if flag in short else word
+
+
+def _explain(message: str, parser: ArgumentParser) -> str:
+    """The parser's message in one or two lines, with the nearest flag where one was not known."""
+    text = " ".join(message.split())
+    unknown = re.search(r"(?:[Uu]nrecognized arguments:|Option|Key) '?(--)?([\w.\-]+)", text)
+    flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
+    if unknown is not None and f"--{unknown[2].removeprefix('--')}" not in flags:
+        flag = f"--{unknown[2].removeprefix('--')}"
+        nearest = difflib.get_close_matches(flag, flags, n=1, cutoff=0.5)
+        return f"unknown flag {flag}" + (f"; did you mean {nearest[0]}?" if nearest else f"; see {parser.prog} --help")
+    wrong = re.match(r'Parser key "([\w.]+)": (.*?)(?:Given value: |Got value: )(.*)', text)
+    if wrong is not None:
+        expected = sorted(set(re.findall(r"<class '(\w+)'>|Literal\[(.*?)\]", wrong[2])))
+        kinds = [name or choices.replace("'", "") for name, choices in expected if name != "NoneType"]
+        return f"--{wrong[1]}: {wrong[3]!r} is not {' or '.join(kinds) or 'valid'}"
+    return text if len(text) < 300 else text[:297] + "..."

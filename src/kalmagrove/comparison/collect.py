@@ -1,0 +1,205 @@
+"""Builds ``results.json`` of a comparison from its run folders, finished or not."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.comparison.config import BASELINE_FAMILIES, CompareConfig, Contestant
+from kalmagrove.data.packing import PackedText
+from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
+from kalmagrove.models.build import model_config
+from kalmagrove.training.run_folder import RunFolder
+
+TIMING_WARMUP = 10
+MOST_RATIOS = 500
+MOST_POINTS = 200
+
+
+def run_path(folder: Path, contestant: Contestant, scale: float, seed: int) -> Path:
+    """Where a run of a comparison lives."""
+    return folder / contestant.name / f"lr-x{scale:g}" / f"seed-{seed}"
+
+
+def collect_results(
+    config: CompareConfig,
+    data: PackedText,
+    folder: Path,
+    *,
+    plan: dict[str, Any],
+    command: str,
+    created: str,
+    environment: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that the report shows, from files alone.
+
+    Args:
+        config: The comparison.
+        data: Its text.
+        folder: Its folder.
+        plan: ``steps``, and by name of a contestant ``scales`` (the learning-rate factor that was chosen),
+            ``trials`` (the valid losses of all) and ``memory`` (bytes).
+        command: Repeats the comparison.
+        created: ISO date.
+        environment: Of the machine.
+    """
+    contestants, seeds, steps = config.contestants(), config.seed_list(), int(plan["steps"])
+    models = [_model(config, data, folder, contestant, plan) for contestant in contestants]
+    baseline = _baseline(contestants, models)
+    tokens = steps * config.loop.tokens_per_step
+    return {
+        "format": 1,
+        "title": " against ".join(contestant.name for contestant in reversed(contestants)),
+        "command": command,
+        "created": created,
+        "data": {
+            "source": data.source,
+            "fingerprint": data.fingerprint,
+            "vocab_size": data.vocab_size,
+            "tokenizer_fingerprint": data.tokenizer_fingerprint,
+            "splits": {
+                name: {key: getattr(info, key) for key in ("tokens", "bytes", "words", "documents")}
+                for name, info in data.splits.items()
+            },
+        },
+        "budget": {
+            "tokens": tokens,
+            "steps": steps,
+            "tokens_per_step": config.loop.tokens_per_step,
+            "context_length": config.loop.context_length,
+            "epochs": tokens / data.splits["train"].tokens,
+        },
+        "seeds": seeds,
+        "trials": config.trials,
+        "environment": environment,
+        "baseline": baseline,
+        "candidate": _candidate(contestants, baseline),
+        "models": models,
+        "paired_time": [
+            {
+                "model": contestant.name,
+                "baseline": baseline,
+                "ratios": _ratios(config, folder, contestant, baseline, plan),
+            }
+            for contestant in contestants
+            if contestant.name != baseline
+        ],
+    }
+
+
+def _model(
+    config: CompareConfig, data: PackedText, folder: Path, contestant: Contestant, plan: dict[str, Any]
+) -> dict[str, Any]:
+    steps, length = int(plan["steps"]), config.loop.context_length
+    scale = float(plan.get("scales", {}).get(contestant.name, 1.0))
+    train_config = config.train_config(contestant, scale=scale, seed=config.seed_list()[0], steps=steps)
+    options = {"vocab_size": data.vocab_size, "max_position_embeddings": length}
+    decoder = model_config(contestant.preset, options)
+    parameters = count_parameters(build_empty(decoder))
+    runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
+    seconds = [s for seed in config.seed_list() for s in _step_seconds(folder, contestant, scale, seed).values()]
+    precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
+    return {
+        "name": contestant.name,
+        "preset": contestant.preset,
+        "optim": contestant.optim,
+        "precision": precision,
+        "model_config": _flat(decoder.to_diff_dict()),
+        "optim_config": _flat(asdict(train_config.optim)),
+        "lr_trials": plan.get("trials", {}).get(contestant.name, []),
+        "lr_scale": scale,
+        "parameters": {
+            "total": parameters.total,
+            "embedding": parameters.embedding,
+            "non_embedding": parameters.non_embedding,
+        },
+        "flops_per_token": round(training_flops_per_token(decoder, length)),
+        "decode_state_bytes": decoding_bytes(decoder, length),
+        "step_seconds": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": plan.get("memory", {}).get(contestant.name),
+        "runs": [{key: value for key, value in run.items() if key != "precision"} for run in runs],
+    }
+
+
+def _run(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[str, Any]:
+    path = run_path(folder, contestant, scale, seed)
+    run = RunFolder(path)
+    result = run.read_result() if path.is_dir() else None
+    metrics = run.read_metrics() if path.is_dir() else []
+    curve = _thin([m for m in _smooth(metrics) if m["loss"] is not None])
+    valid = [m for m in metrics if m.get("valid_loss") is not None]
+    return {
+        "seed": seed,
+        "folder": path.relative_to(folder).as_posix(),
+        "diverged": bool(result and result.get("diverged")),
+        "seconds": result.get("seconds") if result else None,
+        "valid": result.get("valid") if result else None,
+        "test": result.get("test") if result else None,
+        "precision": result.get("precision") if result else None,
+        "curve": {key: [m[key] for m in curve] for key in ("tokens", "seconds", "loss")},
+        "valid_curve": {"tokens": [m["tokens"] for m in valid], "loss": [m["valid_loss"] for m in valid]},
+    }
+
+
+def _smooth(metrics: list[dict[str, Any]], memory: float = 0.9) -> list[dict[str, Any]]:
+    """The loss as an exponential moving average that starts unbiased, so that curves can be told apart."""
+    average, weight, smoothed = 0.0, 0.0, []
+    for record in metrics:
+        if record["loss"] is None:
+            continue
+        average = memory * average + (1 - memory) * record["loss"]
+        weight = memory * weight + (1 - memory)
+        smoothed.append(record | {"loss": average / weight})
+    return smoothed
+
+
+def _thin(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    step = max(1, -(-len(records) // MOST_POINTS))
+    return records[::-step][::-1]
+
+
+def _step_seconds(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[int, float]:
+    path = run_path(folder, contestant, scale, seed)
+    metrics = RunFolder(path).read_metrics() if path.is_dir() else []
+    return {m["step"]: m["step_seconds"] for m in metrics if m["step"] > TIMING_WARMUP}
+
+
+def _ratios(
+    config: CompareConfig, folder: Path, contestant: Contestant, baseline: str, plan: dict[str, Any]
+) -> list[float]:
+    """Step time over the baseline's for the same step of the same seed, which ran right beside it."""
+    other = next(c for c in config.contestants() if c.name == baseline)
+    ratios: list[float] = []
+    for seed in config.seed_list():
+        own, theirs = (
+            _step_seconds(folder, c, float(plan.get("scales", {}).get(c.name, 1.0)), seed) for c in (contestant, other)
+        )
+        ratios += [own[step] / theirs[step] for step in sorted(own.keys() & theirs.keys())]
+    return ratios[:: max(1, -(-len(ratios) // MOST_RATIOS))]
+
+
+def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:
+    """The better of the plain Transformers on the validation split; the first model where there is none."""
+    plain = [m for c, m in zip(contestants, models, strict=True) if c.family in BASELINE_FAMILIES]
+    if not plain:
+        return contestants[0].name
+
+    def mean_loss(model: dict[str, Any]) -> float:
+        losses = [run["valid"]["loss"] for run in model["runs"] if run["valid"] is not None]
+        return statistics.fmean(losses) if losses else float("inf")
+
+    name: str = min(plain, key=mean_loss)["name"]
+    return name
+
+
+def _candidate(contestants: list[Contestant], baseline: str) -> str:
+    others = [c for c in contestants if c.name != baseline]
+    ours = [c for c in others if c.family == "kalmagrove"]
+    return (ours or others)[-1].name
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Values that a table can show."""
+    return {k: v if isinstance(v, str | int | float | bool | None) else str(v) for k, v in options.items()}

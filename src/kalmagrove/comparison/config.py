@@ -1,0 +1,144 @@
+"""What ``kalmagrove compare`` compares, and on what terms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+from kalmagrove.errors import UsageError
+from kalmagrove.models.presets import FAMILIES, SIZES, split_preset
+from kalmagrove.training.config import (
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    OptimizerName,
+    TrainConfig,
+    parse_duration,
+)
+
+BASELINE_FAMILIES = ("gpt2", "llama")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model with its optimiser.
+
+    Attributes:
+        name: Unique in the comparison; also its folder.
+        preset: Family and size.
+        optim: Optimiser.
+    """
+
+    name: str
+    preset: str
+    optim: OptimizerName
+
+    @property
+    def family(self) -> str:
+        """The preset's family."""
+        return split_preset(self.preset)[0]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """A fair comparison: the same tokens in the same order, the same number of trials for every side.
+
+    Attributes:
+        data: The text.
+        models: Presets, divided by commas; a family alone has the size below.
+        optim: Optimisers, one for each model, divided by commas; one alone is for all. Left out: adamw for gpt2 and
+            llama, kalma for the others.
+        size: Size of the families that are named without one.
+        seeds: Seeds, divided by commas; three or more give an interval.
+        trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split.
+        budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
+        loop: Length and portions; its seed is replaced by each of the seeds.
+        weight_decay: Of every side.
+        warmup: Of every side; left out is each optimiser's default.
+    """
+
+    data: DataConfig = field(default_factory=DataConfig)
+    models: str = "llama,kalmagrove"
+    optim: str | None = None
+    size: str = "mini"
+    seeds: str = "0"
+    trials: int = 1
+    budget: str | None = None
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=1))
+    weight_decay: float = 0.1
+    warmup: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials < 1:
+            raise UsageError(f"trials must be at least 1, got {self.trials}")
+        if self.budget is not None:
+            parse_duration(self.budget)
+        self.contestants()
+        self.seed_list()
+
+    def contestants(self) -> list[Contestant]:
+        """The models with their optimisers.
+
+        Raises:
+            UsageError: Fewer than two, an unknown preset, size or optimiser, or the numbers do not match.
+        """
+        if self.size not in SIZES:
+            raise UsageError(f"unknown size {self.size!r}; sizes: {', '.join(SIZES)}")
+        presets = [name if name not in FAMILIES else f"{name}-{self.size}" for name in _items(self.models)]
+        optims = self._optimizers(presets)
+        if len(presets) < 2:
+            raise UsageError(f"models needs at least two presets divided by commas, got {self.models!r}")
+        names = [
+            preset if presets.count(preset) == 1 else f"{preset}+{o}" for preset, o in zip(presets, optims, strict=True)
+        ]
+        if len(set(names)) < len(names):
+            raise UsageError(f"models {self.models!r} names the same preset and optimiser twice")
+        return [Contestant(*parts) for parts in zip(names, presets, optims, strict=True)]
+
+    def _optimizers(self, presets: list[str]) -> list[OptimizerName]:
+        families = [split_preset(preset)[0] for preset in presets]
+        if self.optim is None:
+            return ["adamw" if family in BASELINE_FAMILIES else "kalma" for family in families]
+        given = _items(self.optim)
+        chosen: list[OptimizerName] = [known for name in given for known in get_args(OptimizerName) if known == name]
+        if len(chosen) != len(given):
+            unknown = next(name for name in given if name not in get_args(OptimizerName))
+            raise UsageError(f"unknown optimiser {unknown!r}; use {', '.join(get_args(OptimizerName))}")
+        if len(chosen) == 1:
+            return chosen * len(presets)
+        if len(chosen) != len(presets):
+            raise UsageError(
+                f"optim names {len(chosen)} optimisers for {len(presets)} models; give one, or one for each"
+            )
+        return chosen
+
+    def seed_list(self) -> list[int]:
+        """The seeds.
+
+        Raises:
+            UsageError: One is not a whole number, or comes twice.
+        """
+        items = _items(self.seeds)
+        if not items or not all(item.isdigit() for item in items) or len(set(items)) < len(items):
+            raise UsageError(f"seeds must be different whole numbers divided by commas, got {self.seeds!r}")
+        return [int(item) for item in items]
+
+    def scales(self) -> list[float]:
+        """Factors on the learning rates that are tried: powers of two around one."""
+        return [2.0 ** (index - self.trials // 2) for index in range(self.trials)]
+
+    def train_config(self, contestant: Contestant, *, scale: float, seed: int, steps: int) -> TrainConfig:
+        """The training run of one contestant."""
+        return TrainConfig(
+            data=self.data,
+            model=ModelConfig(preset=contestant.preset),
+            optim=OptimConfig(
+                name=contestant.optim, lr_scale=scale, weight_decay=self.weight_decay, warmup=self.warmup
+            ),
+            loop=replace(self.loop, seed=seed, tokens=str(steps * self.loop.tokens_per_step)),
+        )
+
+
+def _items(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]

@@ -1,0 +1,47 @@
+"""How many steps fit a time budget, measured from warm-up steps of every model."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import parse_duration
+from kalmagrove.training.run import TrainingRun
+
+WARMUP_STEPS = 3
+MEASURED_STEPS = 6
+TRAINING_PART = 0.8
+"""Part of a budget that goes into training steps; the rest is for evaluations, saving and the report."""
+
+
+def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str], None]) -> int:
+    """Steps of each run: those of ``loop.tokens``, or those that the budget is enough for.
+
+    Raises:
+        UsageError: The budget is not enough for ten steps.
+    """
+    if config.budget is None:
+        return config.loop.total_steps
+    seconds = seconds_per_round(config, data)
+    rounds = config.trials + len(config.seed_list()) - 1
+    steps = int(parse_duration(config.budget) * TRAINING_PART / seconds / rounds)
+    if steps < 10:
+        needed = 10 * seconds * rounds / TRAINING_PART
+        raise UsageError(f"budget {config.budget} is too short for 10 steps of each model; give at least {needed:.0f}s")
+    say(f"a step of all models takes {seconds:.2f} s: {config.budget} is enough for {steps} steps of each")
+    return steps
+
+
+def seconds_per_round(config: CompareConfig, data: PackedText) -> float:
+    """Median time of one step of every model, one after the other."""
+    seed = config.seed_list()[0]
+    steps = WARMUP_STEPS + MEASURED_STEPS
+    runs = [
+        TrainingRun(config.train_config(contestant, scale=1.0, seed=seed, steps=steps), data)
+        for contestant in config.contestants()
+    ]
+    rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]
+    return statistics.median(rounds[WARMUP_STEPS:])

@@ -1,0 +1,455 @@
+"""Token files of a source: packed once, checked whenever they are opened, mapped into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from kalmagrove.data.sources import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, is_hub_name, source_fingerprint
+from kalmagrove.data.splits import SPLITS, split_documents
+from kalmagrove.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    local_tokenizer_file,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import fsync_file, fsync_folder, temporary_name, write_json_atomic
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_Value = TypeVar("_Value")
+Progress = Callable[[str, int], None]
+
+MANIFEST = "manifest.json"
+_FORMAT = 1
+_REMEDY = "delete the folder and prepare it again"
+_BATCH_CHARACTERS = 1 << 21
+_STORED_TYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What one token file holds.
+
+    Attributes:
+        tokens: Tokens, the end-of-text ones among them.
+        bytes: UTF-8 bytes of the text, without end-of-text tokens.
+        words: Words of the text, separated by white space.
+        documents: Documents, each with one end-of-text token after it.
+        sha256: Of the file.
+    """
+
+    tokens: int
+    bytes: int
+    words: int
+    documents: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """A folder of token files.
+
+    Attributes:
+        folder: Where the files are.
+        splits: One entry for each of train, valid and test.
+        vocab_size: One more than the largest token of the tokeniser.
+        dtype: How tokens are stored: uint16 or uint32.
+        fingerprint: SHA-256 over the tokeniser and all tokens.
+        tokenizer_fingerprint: SHA-256 of the tokeniser.
+        end_of_text_id: Token that stands after each document.
+        source: The text's source; None is the built-in corpus.
+    """
+
+    folder: Path
+    splits: dict[str, SplitInfo]
+    vocab_size: int
+    dtype: str
+    fingerprint: str
+    tokenizer_fingerprint: str
+    end_of_text_id: int
+    source: str | None
+
+    def tokens(self, split: str) -> np.memmap:
+        """The tokens of a split, (tokens,), read-only and mapped from the disk.
+
+        Args:
+            split: train, valid or test.
+        """
+        return np.memmap(_token_file(self.folder, split), dtype=_STORED_TYPES[self.dtype], mode="r")
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokeniser that made the tokens.
+
+        Raises:
+            KalmaGroveError: Its file is missing or damaged.
+        """
+        return load_tokenizer(str(self.folder))
+
+
+def prepare(
+    source: str | None,
+    folder: Path,
+    *,
+    vocab_size: int = 4096,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    valid_fraction: float = 0.02,
+    test_fraction: float = 0.02,
+    progress: Progress | None = None,
+) -> PackedText:
+    """Tokenise a source into a folder, or reuse the folder where it already holds just that.
+
+    The folder takes its name only when all of it is on the disk. Memory does not grow with the text.
+
+    Args:
+        source: As for `iter_documents`.
+        folder: Receives token files, a manifest and the tokeniser; must not exist, be empty, or come from a call
+            with the same inputs.
+        vocab_size: Vocabulary of the tokeniser that is trained on the training split; unused with ``tokenizer``.
+        tokenizer: A tokenizer.json, a folder that holds one, or a Hub name.
+        seed: Divides a source that has no splits.
+        valid_fraction: Expected share of documents in valid.
+        test_fraction: Expected share of documents in test.
+        progress: Called now and then with ``"tokenizer"`` or ``"packing"`` and the bytes of text read so far.
+
+    Raises:
+        KalmaGroveError: The source or tokeniser cannot be used, or the folder holds something else.
+        UsageError: The vocabulary or a fraction is out of range.
+        OSError: The folder cannot be written.
+    """
+    inputs = {
+        "source": source,
+        "source_fingerprint": source_fingerprint(source),
+        "vocab_size": vocab_size if tokenizer is None else None,
+        "tokenizer": None if tokenizer is None else _tokenizer_identity(tokenizer),
+        "seed": seed,
+        "valid_fraction": valid_fraction,
+        "test_fraction": test_fraction,
+    }
+    if _is_taken(folder):
+        return _reuse(folder, inputs)
+
+    def documents() -> Iterator[tuple[str, str]]:
+        return split_documents(source, seed=seed, valid_fraction=valid_fraction, test_fraction=test_fraction)
+
+    report = progress or (lambda stage, done: None)
+    if tokenizer is None:
+        training_text = (document for split, document in documents() if split == "train")
+        used = train_tokenizer(_reported(training_text, report), vocab_size)
+    else:
+        used = load_tokenizer(tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        _write_folder(temporary, documents(), used, inputs, report)
+        _take_name(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _reuse(folder, inputs)
+
+
+def open_packed(folder: Path, *, verify: bool = True) -> PackedText:
+    """Open a folder that `prepare` wrote.
+
+    Args:
+        folder: The folder.
+        verify: Whether to read the token files and the tokeniser and compare their SHA-256; sizes always are.
+
+    Raises:
+        KalmaGroveError: The folder is missing, its manifest is damaged, or a file is missing, cut or changed.
+    """
+    packed, _ = _open(folder, verify=verify)
+    return packed
+
+
+def default_data_folder(source: str | None, vocab_size: int, tokenizer: str | None, seed: int, root: Path) -> Path:
+    """A readable folder name that is the same for the same choices, such as ``root/textbooks-bpe4096-1a2b3c4d``.
+
+    Args:
+        source: As for `prepare`.
+        vocab_size: As for `prepare`.
+        tokenizer: As for `prepare`.
+        seed: As for `prepare`.
+        root: Holds the folder.
+    """
+    python = "python-{}.{}.{}".format(*sys.version_info[:3])
+    choices = [
+        python if source is None else _absolute(source, is_hub_name(source)),
+        vocab_size if tokenizer is None else None,
+        None if tokenizer is None else _absolute(tokenizer, not Path(tokenizer).expanduser().exists()),
+        seed,
+    ]
+    text = python if source is None else _readable(source)
+    tokens = f"bpe{vocab_size}" if tokenizer is None else _readable(tokenizer)
+    return root / f"{text}-{tokens}-{hashlib.sha256(json.dumps(choices).encode()).hexdigest()[:8]}"
+
+
+def _absolute(path_or_name: str, is_name: bool) -> str:
+    return path_or_name if is_name else str(Path(path_or_name).expanduser().resolve())
+
+
+def _readable(path_or_name: str) -> str:
+    name = Path(path_or_name).expanduser().resolve().name
+    while Path(name).suffix.lower() in (*TEXT_SUFFIXES, *COMPRESSION_SUFFIXES, ".json"):
+        name = Path(name).stem
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "text"
+
+
+def _tokenizer_identity(tokenizer: str) -> str:
+    """A Hub name as it is, but the content of a local tokeniser, whose path says little."""
+    if local_tokenizer_file(tokenizer) is None:
+        return tokenizer
+    return f"sha256:{tokenizer_fingerprint(load_tokenizer(tokenizer))}"
+
+
+def _is_taken(folder: Path) -> bool:
+    if not folder.exists():
+        return False
+    if not folder.is_dir():
+        raise KalmaGroveError(f"{folder} is a file; choose a folder that does not exist yet")
+    if (folder / MANIFEST).exists():
+        return True
+    if any(folder.iterdir()):
+        raise KalmaGroveError(
+            f"{folder} holds other files and no packed text; choose a folder that is empty or does not exist yet"
+        )
+    return False
+
+
+def _reuse(folder: Path, inputs: dict[str, Any]) -> PackedText:
+    packed, earlier = _open(folder, verify=True)
+    differing = [name for name, value in inputs.items() if earlier.get(name) != value]
+    # The same files may be reached by another path, so the fingerprint decides about the source.
+    if "source" in differing and "source_fingerprint" not in differing:
+        differing.remove("source")
+    if not differing:
+        return packed
+    name = differing[0]
+    if name == "source_fingerprint":
+        difference = f"other content of {_shown(inputs['source'])} (a file's size or time changed)"
+    else:
+        difference = f"{name} {_shown(earlier.get(name))} and not {_shown(inputs[name])}"
+    raise KalmaGroveError(f"{folder} was prepared with {difference}; choose another folder or delete that one")
+
+
+def _shown(value: object) -> str:
+    return "left out" if value is None else str(value)
+
+
+def _take_name(temporary: Path, folder: Path) -> None:
+    """Another process may have made the same folder meanwhile; then that one is kept."""
+    try:
+        # Unlike POSIX, Windows does not rename over an empty folder.
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        os.rename(temporary, folder)
+    except OSError:
+        if not (folder / MANIFEST).exists():
+            raise
+    fsync_folder(folder.parent)
+
+
+def _reported(documents: Iterable[str], report: Progress) -> Iterator[str]:
+    done = reported = 0
+    for document in documents:
+        yield document
+        done += len(document.encode())
+        if done - reported >= _BATCH_CHARACTERS:
+            reported = done
+            report("tokenizer", done)
+
+
+def _write_folder(
+    folder: Path,
+    documents: Iterable[tuple[str, str]],
+    tokenizer: Tokenizer,
+    inputs: dict[str, Any],
+    report: Progress,
+) -> None:
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    save_tokenizer(tokenizer, folder, context_length=None)
+    splits = _write_tokens(folder, documents, tokenizer, _STORED_TYPES[dtype], report)
+    for split, info in splits.items():
+        if info.documents == 0:
+            raise KalmaGroveError(f"the split {split} of {_shown(inputs['source'])} holds no text; put text in it")
+    identity = tokenizer_fingerprint(tokenizer)
+    manifest = {
+        "format": _FORMAT,
+        "fingerprint": _total_fingerprint(identity, splits),
+        "tokenizer_fingerprint": identity,
+        "vocab_size": vocab_size,
+        "end_of_text_id": end_of_text_id(tokenizer),
+        "dtype": dtype,
+        "splits": {split: asdict(info) for split, info in splits.items()},
+        "inputs": inputs,
+    }
+    write_json_atomic(folder / MANIFEST, manifest)
+
+
+def _write_tokens(
+    folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, report: Progress
+) -> dict[str, SplitInfo]:
+    from tokenizers import Tokenizer
+
+    # An end-of-text token that stands inside a document is text like any other.
+    encoder = Tokenizer.from_str(tokenizer.to_str())
+    encoder.encode_special_tokens = True
+    end = end_of_text_id(tokenizer)
+    done = 0
+    with ExitStack() as stack:
+        writers = {split: _TokenWriter(_token_file(folder, split), dtype) for split in SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.close)
+        for batch in _batches(documents):
+            encodings = encoder.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+            for (split, text), encoding in zip(batch, encodings, strict=True):
+                done += writers[split].add(text, [*encoding.ids, end])
+            report("packing", done)
+    return {split: writer.info() for split, writer in writers.items()}
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    characters = 0
+    for split, document in documents:
+        batch.append((split, document))
+        characters += len(document)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _TokenWriter:
+    """Appends documents to one token file and counts what it holds."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._tokens = self._bytes = self._words = self._documents = 0
+
+    def add(self, text: str, tokens: list[int]) -> int:
+        """Append a document; returns the UTF-8 bytes of its text."""
+        stored = np.array(tokens, dtype=self._dtype).tobytes()
+        self._file.write(stored)
+        self._hash.update(stored)
+        size = len(text.encode())
+        self._tokens += len(tokens)
+        self._bytes += size
+        self._words += len(text.split())
+        self._documents += 1
+        return size
+
+    def close(self) -> None:
+        """Bring the file to the disk."""
+        self._file.close()
+        fsync_file(self._path)
+
+    def info(self) -> SplitInfo:
+        """What the file holds so far."""
+        return SplitInfo(self._tokens, self._bytes, self._words, self._documents, self._hash.hexdigest())
+
+
+def _open(folder: Path, *, verify: bool) -> tuple[PackedText, dict[str, Any]]:
+    if not (folder / MANIFEST).is_file():
+        raise KalmaGroveError(f"{folder} holds no packed text (no {MANIFEST}); prepare it first")
+    manifest = _read_manifest(folder / MANIFEST)
+    packed = _packed_text(folder, manifest)
+    for split, info in packed.splits.items():
+        _check_token_file(_token_file(folder, split), info, _STORED_TYPES[packed.dtype].itemsize, verify)
+    if verify and tokenizer_fingerprint(packed.load_tokenizer()) != packed.tokenizer_fingerprint:
+        raise KalmaGroveError(f"the content of {folder / 'tokenizer.json'} changed; {_REMEDY}")
+    return packed, manifest["inputs"]
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise KalmaGroveError(f"{path} is not sound JSON; {_REMEDY}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != _FORMAT:
+        raise KalmaGroveError(f"{path} is not of format {_FORMAT}, the one this version reads; {_REMEDY}")
+    return manifest
+
+
+def _packed_text(folder: Path, manifest: dict[str, Any]) -> PackedText:
+    path = folder / MANIFEST
+    rows = _field(path, manifest, "splits", dict)
+    splits = {split: _split_info(path, _field(path, rows, split, dict)) for split in SPLITS}
+    source = _field(path, manifest, "inputs", dict).get("source")
+    packed = PackedText(
+        folder=folder,
+        splits=splits,
+        vocab_size=_field(path, manifest, "vocab_size", int),
+        dtype=_field(path, manifest, "dtype", str),
+        fingerprint=_field(path, manifest, "fingerprint", str),
+        tokenizer_fingerprint=_field(path, manifest, "tokenizer_fingerprint", str),
+        end_of_text_id=_field(path, manifest, "end_of_text_id", int),
+        source=None if source is None else str(source),
+    )
+    if packed.dtype not in _STORED_TYPES:
+        raise KalmaGroveError(f"{path} names the unknown token type {packed.dtype!r}; {_REMEDY}")
+    if packed.fingerprint != _total_fingerprint(packed.tokenizer_fingerprint, splits):
+        raise KalmaGroveError(f"the fingerprint in {path} does not match the files it lists; {_REMEDY}")
+    return packed
+
+
+def _split_info(path: Path, row: dict[str, Any]) -> SplitInfo:
+    return SplitInfo(
+        tokens=_field(path, row, "tokens", int),
+        bytes=_field(path, row, "bytes", int),
+        words=_field(path, row, "words", int),
+        documents=_field(path, row, "documents", int),
+        sha256=_field(path, row, "sha256", str),
+    )
+
+
+def _field(path: Path, values: dict[str, Any], name: str, kind: type[_Value]) -> _Value:
+    value = values.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise KalmaGroveError(f"the field {name} of {path} is missing or not of type {kind.__name__}; {_REMEDY}")
+    return value
+
+
+def _check_token_file(path: Path, info: SplitInfo, item_bytes: int, verify: bool) -> None:
+    if not path.is_file():
+        raise KalmaGroveError(f"{path} is missing; {_REMEDY}")
+    expected, found = info.tokens * item_bytes, path.stat().st_size
+    if found != expected:
+        raise KalmaGroveError(f"{path} holds {found} bytes, but the manifest says {expected}; {_REMEDY}")
+    if verify:
+        with path.open("rb") as file:
+            changed = hashlib.file_digest(file, "sha256").hexdigest() != info.sha256
+        if changed:
+            raise KalmaGroveError(f"the content of {path} changed; {_REMEDY}")
+
+
+def _token_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.bin"
+
+
+def _total_fingerprint(tokenizer: str, splits: dict[str, SplitInfo]) -> str:
+    parts = [tokenizer, *(f"{split}:{splits[split].sha256}" for split in SPLITS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

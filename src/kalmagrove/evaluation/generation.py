@@ -1,0 +1,106 @@
+"""Text from a prompt, token by token, with the model's own decoding cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
+from kalmagrove.errors import UsageError
+from kalmagrove.models.convert import as_decoder, load_model, model_folder
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.precision import choose_device
+
+
+def choose_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """Draws one token for each row of logits (batch, vocabulary); returns (batch,).
+
+    Args:
+        logits: Of the last position.
+        temperature: 0 takes the likeliest.
+        top_k: Only the k likeliest; 0 is all.
+        top_p: Only the likeliest whose probabilities reach this sum; 1 is all.
+        generator: Of the draw; on the CPU.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1).cpu()
+    values, order = probabilities.sort(dim=-1, descending=True)
+    keep = values.cumsum(dim=-1) - values < top_p
+    if top_k > 0:
+        keep[:, top_k:] = False
+    drawn = torch.multinomial(values * keep, 1, generator=generator)
+    return order.gather(-1, drawn).squeeze(-1).to(logits.device)
+
+
+def generate_text(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    device: str = "auto",
+) -> Iterator[str]:
+    """Pieces of text as they are generated, until the end-of-text token or the end of the context.
+
+    Args:
+        model: A run folder, a model folder or a Hub name.
+        prompt: The beginning; empty starts from the end-of-text token.
+        max_new_tokens: Most tokens to add.
+        temperature: See :func:`choose_token`.
+        top_k: See :func:`choose_token`.
+        top_p: See :func:`choose_token`.
+        seed: Of the draws.
+        device: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        UsageError: An option is out of its range, or the prompt is longer than the context.
+        KalmaGroveError: The model cannot be read.
+    """
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise UsageError("need --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
+    try:
+        chosen_device = choose_device(device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    decoder = as_decoder(load_model(model)).to(chosen_device)
+    tokenizer = load_tokenizer(model_folder(model))
+    end = end_of_text_id(tokenizer)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
+    limit = decoder.config.max_position_embeddings
+    if len(ids) >= limit:
+        raise UsageError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; shorten it")
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> Tensor:
+        return choose_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+    return _pieces(decoder, tokenizer, ids, end, min(max_new_tokens, limit - len(ids)), choose)
+
+
+def _pieces(
+    decoder: KalmaGroveForCausalLM, tokenizer: Any, ids: list[int], end: int, count: int, choose: Any
+) -> Iterator[str]:
+    cache = decoder.new_cache()
+    new: list[int] = []
+    shown = ""
+    feed = torch.tensor([ids], device=decoder.device)
+    for _ in range(count):
+        with torch.inference_mode():
+            logits = decoder(feed, cache=cache, logits_to_keep=1).logits[:, -1]
+        token = int(choose(logits))
+        if token == end:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        # A character of several bytes is shown when it is whole.
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+        feed = torch.tensor([[token]], device=decoder.device)

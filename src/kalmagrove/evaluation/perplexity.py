@@ -1,0 +1,89 @@
+"""Perplexity a token and a word, and bits a byte, over a whole split."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from kalmagrove.data.batches import evaluation_windows
+from kalmagrove.models.scoring import nats_of_windows
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a model predicts a text.
+
+    Attributes:
+        loss: Nats a token.
+        perplexity: exp of the loss; comparable only between models with the same tokeniser.
+        word_perplexity: exp of all nats over the whitespace-separated words; comparable across tokenisers.
+        bits_per_byte: All bits over the UTF-8 bytes; comparable across tokenisers.
+        tokens: Tokens that were scored: all but the first.
+    """
+
+    loss: float
+    perplexity: float
+    word_perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+    def to_dict(self) -> dict[str, float]:
+        """For JSON."""
+        return asdict(self)
+
+
+def scores_from_nats(nats: float, *, tokens: int, words: int, text_bytes: int) -> Scores:
+    """The scores of a text on which a model spent ``nats``.
+
+    Args:
+        nats: Sum over all scored tokens.
+        tokens: Scored tokens.
+        words: Whitespace-separated words of the text.
+        text_bytes: UTF-8 bytes of the text.
+    """
+    return Scores(
+        loss=nats / tokens,
+        perplexity=_exp(nats / tokens),
+        word_perplexity=_exp(nats / max(1, words)),
+        bits_per_byte=nats / math.log(2) / max(1, text_bytes),
+        tokens=tokens,
+    )
+
+
+def score_tokens(
+    model: nn.Module,
+    tokens: np.ndarray,
+    *,
+    words: int,
+    text_bytes: int,
+    context_length: int,
+    stride: int,
+    vocab_size: int,
+    device: torch.device,
+    precision: Literal["bf16", "fp32"],
+) -> Scores:
+    """Scores of a whole token stream, each token but the first exactly once.
+
+    Args:
+        model: Our decoder or any causal language model of transformers.
+        tokens: The stream.
+        words: Whitespace-separated words of its text.
+        text_bytes: UTF-8 bytes of its text.
+        context_length: Longest context in tokens.
+        stride: Tokens between windows: equal to ``context_length`` is fastest, smaller gives each token more context.
+        vocab_size: Of the model.
+        device: Of the model.
+        precision: Of the forward.
+    """
+    windows = evaluation_windows(tokens, context_length=context_length, stride=stride)
+    nats, scored = nats_of_windows(model, windows, vocab_size=vocab_size, device=device, precision=precision)
+    return scores_from_nats(nats, tokens=scored, words=words, text_bytes=text_bytes)
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,100 @@
+"""Scores any model folder on any text, with the model's own tokeniser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from kalmagrove.data.batches import evaluation_windows
+from kalmagrove.data.sources import iter_documents
+from kalmagrove.data.splits import SPLITS, split_documents
+from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
+from kalmagrove.models.convert import load_model, model_folder
+from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.precision import choose_device, choose_precision
+
+CHUNK_TOKENS = 1 << 20
+"""Tokens that are scored at once, so that a long text need not lie in memory."""
+
+
+def score_text(
+    model: str,
+    source: str | None,
+    *,
+    split: str | None = None,
+    context_length: int | None = None,
+    stride: int | None = None,
+    device: str = "auto",
+    precision: Any = "auto",
+) -> Scores:
+    """Scores of a model on a text; the documents are joined by the end-of-text token, as in training.
+
+    Args:
+        model: A run folder, a model folder or a Hub name.
+        source: A text; None is the built-in corpus.
+        split: Only the documents of this split.
+        context_length: Tokens of a window; None is the model's context.
+        stride: Tokens between windows; None is the context.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: auto, bf16 or fp32.
+
+    Raises:
+        KalmaGroveError: The model or the text cannot be read, or the text is too short.
+        UsageError: An option does not fit.
+    """
+    if split is not None and split not in SPLITS:
+        raise UsageError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
+    try:
+        chosen_device = choose_device(device)
+        chosen_precision = choose_precision(precision, chosen_device)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    loaded = load_model(model).to(chosen_device)
+    limit = int(loaded.config.max_position_embeddings)
+    length = limit if context_length is None else context_length
+    step = length if stride is None else stride
+    if not 0 < step <= length <= limit:
+        raise UsageError(
+            f"--stride {step} and --context_length {length} must satisfy 0 < stride <= context <= {limit}, the "
+            "model's context"
+        )
+    tokenizer = load_tokenizer(model_folder(model))
+    total, tokens, words, text_bytes = 0.0, 0, 0, 0
+    for stream, chunk_words, chunk_bytes in _token_chunks(tokenizer, source, split):
+        if stream.max(initial=0) >= loaded.config.vocab_size:
+            raise KalmaGroveError(f"the tokeniser of {model} has tokens that its model does not know")
+        nats, scored = nats_of_windows(
+            loaded,
+            evaluation_windows(stream, context_length=length, stride=step),
+            vocab_size=loaded.config.vocab_size,
+            device=chosen_device,
+            precision=chosen_precision,
+        )
+        total, tokens = total + nats, tokens + scored
+        words, text_bytes = words + chunk_words, text_bytes + chunk_bytes
+    if tokens == 0:
+        raise KalmaGroveError(f"{source or 'the built-in corpus'} holds fewer than two tokens; nothing can be scored")
+    return scores_from_nats(total, tokens=tokens, words=words, text_bytes=text_bytes)
+
+
+def _token_chunks(tokenizer: Any, source: str | None, split: str | None) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(tokens, words, bytes) of whole documents, about CHUNK_TOKENS together."""
+    separator = end_of_text_id(tokenizer)
+    ids: list[int] = []
+    words = text_bytes = 0
+    documents = (
+        iter_documents(source) if split is None else (text for name, text in split_documents(source) if name == split)
+    )
+    for document in documents:
+        ids += [*tokenizer.encode(document, add_special_tokens=False).ids, separator]
+        words += len(document.split())
+        text_bytes += len(document.encode())
+        if len(ids) >= CHUNK_TOKENS:
+            yield np.asarray(ids), words, text_bytes
+            ids, words, text_bytes = [], 0, 0
+    if ids:
+        yield np.asarray(ids), words, text_bytes

@@ -1,0 +1,83 @@
+"""Optimisers by name, with the same care for each: matrices and the rest have their own settings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from kalmagrove.optim.kalma import Kalma, kalma_groups
+
+
+def build_optimizers(
+    name: Literal["kalma", "adamw", "muon"],
+    model: nn.Module,
+    *,
+    lr: float,
+    auxiliary_lr: float = 3e-3,
+    weight_decay: float = 0.1,
+    momentum: float = 0.95,
+    damping: float = 0.1,
+    refresh_every: int = 10,
+    betas: tuple[float, float] = (0.9, 0.95),
+) -> list[torch.optim.Optimizer]:
+    """The optimisers of a model: Kalma (attached), AdamW, or torch's Muon with AdamW beside it.
+
+    Args:
+        name: Which.
+        model: Its parameters are divided by :func:`~kalmagrove.optim.kalma.kalma_groups`.
+        lr: Of the matrices; of everything for AdamW.
+        auxiliary_lr: Of embeddings, heads and vectors beside Kalma and Muon.
+        weight_decay: Of the matrices; for AdamW also of embeddings, as usual.
+        momentum: Of Kalma and Muon.
+        damping: Of Kalma's P.
+        refresh_every: Steps between refreshes of Kalma's P.
+        betas: AdamW's.
+
+    Returns:
+        One or two optimisers; each group keeps its peak rate in ``initial_lr``.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
+    optimizers: list[torch.optim.Optimizer]
+    groups = kalma_groups(model, lr=lr, weight_decay=weight_decay, auxiliary_lr=auxiliary_lr)
+    if name == "kalma":
+        kalma = Kalma(groups, lr=lr, momentum=momentum, damping=damping, refresh_every=refresh_every, betas=betas)
+        kalma.attach(model)
+        optimizers = [kalma]
+    elif name == "muon":
+        matrices = [g for g in groups if g["method"] == "kalma"]
+        rest = [g for g in groups if g["method"] == "adamw"]
+        optimizers = [
+            torch.optim.Muon(
+                group["params"],
+                lr=lr,
+                weight_decay=weight_decay,
+                momentum=momentum,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for group in matrices
+        ] + [torch.optim.AdamW(group["params"], lr=auxiliary_lr, betas=betas, weight_decay=0.0) for group in rest]
+    elif name == "adamw":
+        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+        adamw_groups = [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizers = [torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=lr, betas=betas)]
+    else:
+        raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return optimizers
+
+
+def scale_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Sets every group's rate to ``factor`` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor

@@ -1,0 +1,257 @@
+"""The dataclasses that YAML files and flags fill: one tree, checked before anything starts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from kalmagrove.errors import UsageError
+from kalmagrove.models.choices import (
+    Attention,
+    CoreKind,
+    FeedForwardKind,
+    Norm,
+    Positions,
+    Projections,
+    SharedSides,
+    Sharing,
+)
+
+OptimizerName = Literal["kalma", "adamw", "muon"]
+Schedule = Literal["linear", "cosine", "wsd", "constant"]
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens.
+
+    Attributes:
+        source: A file, a folder, or a Hub data set with its config (wikitext:wikitext-103-raw-v1). Left out: the
+            built-in corpus, the source files of the running Python's standard library.
+        vocab_size: Vocabulary of the byte-level BPE that is trained on the training split.
+        tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
+        seed: Divides documents into train, valid and test where the source has no splits.
+        folder: Where packed token files are kept.
+    """
+
+    source: str | None = None
+    vocab_size: int = 4096
+    tokenizer: str | None = None
+    seed: int = 0
+    folder: str = "runs/data"
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is None and self.vocab_size < 258:
+            raise UsageError(f"data.vocab_size must be at least 258 (256 bytes and two more), got {self.vocab_size}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A preset, and options that replace the preset's where they are given.
+
+    Attributes:
+        preset: A family (gpt2, llama, llama-plus, slim, kalmagrove) or family-size (llama-small).
+        hidden_size: Width of the residual stream.
+        num_hidden_layers: Layers.
+        num_attention_heads: Heads of full attention.
+        head_dim: Size of a head.
+        intermediate_size: Hidden units of the feed-forward.
+        norm: Norm of every layer.
+        feed_forward: Non-linearity and number of matrices of the feed-forward.
+        positions: Rotary or learned.
+        attention: Full, or Arnold's several resolutions.
+        resolutions: Arnold's groups of heads: a list of num_heads, head_dim, stride, window.
+        projections: Dense, or Grove's shared bases.
+        rank: Grove's inner size; left out is full rank.
+        group_size: Layers that share one of Grove's bases.
+        sharing: Disjoint groups of neighbours, or overlapping bands of one bank.
+        shared_sides: Which of Grove's bases are shared.
+        core: Form of Grove's Sigma.
+        core_block_size: Side of a block of a block-diagonal core.
+        qk_norm: Normalise queries and keys.
+        short_conv: Taps of the causal convolution on keys and values; 0 is none.
+        value_residual: Mix the first layer's values into later layers.
+        embedding_residual: Mix the token embedding into every layer's input.
+        tie_word_embeddings: Use the token embedding as the output head.
+    """
+
+    preset: str = "kalmagrove"
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    norm: Norm | None = None
+    feed_forward: FeedForwardKind | None = None
+    positions: Positions | None = None
+    attention: Attention | None = None
+    resolutions: list[dict[str, Any]] | None = None
+    projections: Projections | None = None
+    rank: int | None = None
+    group_size: int | None = None
+    sharing: Sharing | None = None
+    shared_sides: SharedSides | None = None
+    core: CoreKind | None = None
+    core_block_size: int | None = None
+    qk_norm: bool | None = None
+    short_conv: int | None = None
+    value_residual: bool | None = None
+    embedding_residual: bool | None = None
+    tie_word_embeddings: bool | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """The options that were given."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "preset"}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser and its schedule.
+
+    Attributes:
+        name: kalma (matrices by Kalma, the rest by AdamW), muon (matrices by torch's Muon, the rest by AdamW) or
+            adamw.
+        lr: Peak learning rate; of the matrices for kalma and muon. Left out: 0.02 for kalma and muon, 3e-3 for adamw.
+        lr_scale: Multiplies every learning rate.
+        auxiliary_lr: AdamW's learning rate for embeddings and vectors beside kalma and muon.
+        weight_decay: Decoupled decay of the matrices.
+        momentum: Of kalma and muon.
+        damping: Of Kalma's P, relative to the mean input power.
+        refresh_every: Steps between refreshes of Kalma's P.
+        beta1: AdamW's.
+        beta2: AdamW's.
+        schedule: Shape after the warm-up.
+        warmup: Part of the steps that the learning rate rises over. Left out: 0.1 for adamw, 0.02 for the others.
+        grad_clip: Largest norm of the gradient; 0 is no clipping.
+    """
+
+    name: OptimizerName = "kalma"
+    lr: float | None = None
+    lr_scale: float = 1.0
+    auxiliary_lr: float = 3e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    damping: float = 0.1
+    refresh_every: int = 10
+    beta1: float = 0.9
+    beta2: float = 0.95
+    schedule: Schedule = "linear"
+    warmup: float | None = None
+    grad_clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not 0 < self.lr < 10:
+            raise UsageError(f"optim.lr must be between 0 and 10, got {self.lr}")
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise UsageError(f"optim.warmup is a part of the run between 0 and 1, got {self.warmup}")
+        if not 0 < self.lr_scale <= 100:
+            raise UsageError(f"optim.lr_scale must be between 0 and 100, got {self.lr_scale}")
+        if self.grad_clip < 0:
+            raise UsageError(f"optim.grad_clip must be 0 (none) or positive, got {self.grad_clip}")
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of the matrices."""
+        default = 3e-3 if self.name == "adamw" else 0.02
+        return self.lr_scale * (default if self.lr is None else self.lr)
+
+    @property
+    def warmup_part(self) -> float:
+        """Part of the run that is warm-up."""
+        return self.warmup if self.warmup is not None else (0.1 if self.name == "adamw" else 0.02)
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and in which portions a model is trained.
+
+    Attributes:
+        tokens: Training tokens, e.g. 2m.
+        batch_size: Sequences of an optimiser step.
+        context_length: Tokens of a sequence.
+        micro_batch_size: Sequences of one forward; smaller than batch_size accumulates gradients and saves memory.
+        seed: Of the initial weights and the order of the batches.
+        precision: bf16 autocast, fp32, or auto: bf16 where the hardware has it.
+        device: auto, cpu, cuda, cuda:N or mps.
+        log_every: Steps between lines of metrics.jsonl.
+        eval_every: Steps between evaluations on a part of the validation split; 0 is 10 in the whole run.
+        save_every: Steps between checkpoints.
+        keep_last: Checkpoints that are kept.
+    """
+
+    tokens: str = "2m"
+    batch_size: int = 16
+    context_length: int = 256
+    micro_batch_size: int | None = None
+    seed: int = 0
+    precision: Precision = "auto"
+    device: str = "auto"
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 250
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context_length", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
+            raise UsageError(
+                f"loop.micro_batch_size {self.micro_batch_size} does not divide loop.batch_size {self.batch_size}"
+            )
+        if self.total_steps < 1:
+            raise UsageError(
+                f"loop.tokens {self.tokens} is less than one batch of {self.tokens_per_step} tokens "
+                f"({self.batch_size} x {self.context_length})"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step."""
+        return self.batch_size * self.context_length
+
+    @property
+    def total_steps(self) -> int:
+        """Whole optimiser steps that the tokens are enough for."""
+        return parse_count(self.tokens) // self.tokens_per_step
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that a training run depends on."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+def parse_count(text: str | int) -> int:
+    """A number such as 2000000, 500k, 2.5m or 1b.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", str(text).strip().lower().replace("_", ""))
+    if match is None:
+        raise UsageError(f"{text!r} is not a number of tokens; write for example 500k, 2m or 1.5b")
+    return int(float(match[1]) * _SUFFIX[match[2]])
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of a duration such as 90s, 10m, 2h or 1h30m.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text.strip().lower())
+    if not parts or "".join(number + unit for number, unit in parts) != text.strip().lower():
+        raise UsageError(f"{text!r} is not a duration; write for example 90s, 10m or 1h30m")
+    return sum(float(number) * _SECONDS[unit] for number, unit in parts)

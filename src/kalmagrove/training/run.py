@@ -1,0 +1,190 @@
+"""One model in training: its state, and a method that does one optimiser step."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kalmagrove.data.batches import batch_at, evaluation_windows
+from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.optim.build import build_optimizers, scale_learning_rates
+from kalmagrove.optim.schedules import learning_rate_factor
+from kalmagrove.precision import autocast, choose_device, choose_precision
+from kalmagrove.training.checkpoint import Checkpoint
+from kalmagrove.training.config import TrainConfig
+
+VALIDATION_TOKENS = 32768
+"""Tokens of the validation split that are read while training goes on."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimiser step did.
+
+    Attributes:
+        loss: Mean nats a token of the batch, before the step.
+        grad_norm: Norm of the gradient before clipping.
+        lr: Learning rate of the first group.
+        seconds: Wall time of the step, optimiser included.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    seconds: float
+
+
+class TrainingDiverged(KalmaGroveError):
+    """The loss is not a number any more."""
+
+
+class TrainingRun:
+    """A model, its optimisers and its place in the data.
+
+    Args:
+        config: Everything that the run depends on.
+        data: The packed text; its training split must hold one sequence.
+
+    Raises:
+        UsageError: The configuration does not fit the data or the machine.
+    """
+
+    def __init__(self, config: TrainConfig, data: PackedText) -> None:
+        self.config, self.data = config, data
+        loop, optim = config.loop, config.optim
+        try:
+            self.device = choose_device(loop.device)
+            self.precision = choose_precision(loop.precision, self.device)
+        except ValueError as error:
+            raise UsageError(f"loop: {error}") from error
+        overrides = {
+            "vocab_size": data.vocab_size,
+            "max_position_embeddings": loop.context_length,
+            **config.model.overrides(),
+        }
+        token = data.end_of_text_id
+        self.model_config = model_config(config.model.preset, overrides, bos_token_id=token, eos_token_id=token)
+        self.tokens = data.tokens("train")
+        self.model = build_model(self.model_config, loop.seed).to(self.device).train()
+        self.optimizers = build_optimizers(
+            optim.name,
+            self.model,
+            lr=optim.peak_lr,
+            auxiliary_lr=optim.auxiliary_lr * optim.lr_scale,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            damping=optim.damping,
+            refresh_every=optim.refresh_every,
+            betas=(optim.beta1, optim.beta2),
+        )
+        self.step = 0
+        self.batch(0)  # Too little text is an error before step 1.
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.config.loop.total_steps
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.total_steps
+
+    def batch(self, step: int) -> torch.Tensor:
+        """The tokens of a step, (batch, context + 1)."""
+        loop = self.config.loop
+        return torch.from_numpy(
+            batch_at(
+                self.tokens,
+                context_length=loop.context_length,
+                batch_size=loop.batch_size,
+                seed=loop.seed,
+                step=step,
+            )
+        )
+
+    def train_step(self) -> StepResult:
+        """One optimiser step.
+
+        Raises:
+            TrainingDiverged: The loss is not finite; the parameters are as before the step.
+        """
+        loop, optim = self.config.loop, self.config.optim
+        started = time.perf_counter()
+        factor = learning_rate_factor(
+            optim.schedule, self.step, self.total_steps, round(optim.warmup_part * self.total_steps)
+        )
+        scale_learning_rates(self.optimizers, factor)
+        tokens = self.batch(self.step).to(self.device)
+        loss = self._accumulate(tokens, loop.micro_batch_size or loop.batch_size)
+        limit = optim.grad_clip if optim.grad_clip > 0 else math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} at step {self.step + 1}; lower optim.lr or optim.lr_scale, or use loop.precision "
+                "fp32"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        lr = self.optimizers[0].param_groups[0]["lr"]
+        return StepResult(loss, grad_norm, lr, time.perf_counter() - started)
+
+    def _accumulate(self, tokens: torch.Tensor, micro_batch_size: int) -> float:
+        """Gradients of the mean loss over the whole batch, however it is cut; returns that mean."""
+        count = tokens[:, 1:].numel()
+        total = 0.0
+        for part in tokens.split(micro_batch_size):
+            with autocast(self.precision, self.device):
+                nats = self.model.token_loss_sum(part[:, :-1], part[:, 1:])
+            (nats / count).backward()
+            total += float(nats.detach())
+        return total / count
+
+    def validation_loss(self) -> float:
+        """Mean nats a token over the first part of the validation split, or of all where it is small."""
+        tokens = self.data.tokens("valid")[: VALIDATION_TOKENS + 1]
+        length = self.config.loop.context_length
+        nats, count = nats_of_windows(
+            self.model,
+            evaluation_windows(tokens, context_length=length, stride=length),
+            vocab_size=self.model_config.vocab_size,
+            device=self.device,
+            precision=self.precision,
+        )
+        return nats / max(1, count)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds: ``model``, ``optimizer`` and ``progress``."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]},
+            "progress": {
+                "step": self.step,
+                "tokens": self.step * self.config.loop.tokens_per_step,
+                "data_fingerprint": self.data.fingerprint,
+            },
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Goes on from a checkpoint.
+
+        Raises:
+            KalmaGroveError: The checkpoint was made with other data.
+        """
+        if checkpoint.progress["data_fingerprint"] != self.data.fingerprint:
+            raise KalmaGroveError(
+                f"{checkpoint.path} was trained on other data; give the same data, or start a new run folder"
+            )
+        self.model.load_state_dict(checkpoint.model)
+        for optimizer, state in zip(self.optimizers, checkpoint.optimizer["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.step = int(checkpoint.progress["step"])

@@ -1,0 +1,119 @@
+"""``kalmagrove train``: one run from a configuration to a finished folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.data.packing import PackedText
+from kalmagrove.evaluation.perplexity import Scores, score_tokens
+from kalmagrove.models.accounting import count_parameters, training_flops_per_token
+from kalmagrove.optim.kalma import describe_groups, kalma_groups
+from kalmagrove.training.config import TrainConfig
+from kalmagrove.training.environment import peak_memory_bytes
+from kalmagrove.training.run import TrainingRun
+from kalmagrove.training.session import TrainingSession
+from kalmagrove.training.signals import Interrupted, StopRequest
+from kalmagrove.training.tracking import ProgressBar
+
+
+def train(config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Trains, or goes on from the folder's last valid checkpoint, and returns what ``result.json`` holds.
+
+    Args:
+        config: The run.
+        data: The packed text.
+        folder: The run folder.
+        say: Told what a person wants to know, a line at a time.
+
+    Raises:
+        Interrupted: A signal came; the state was saved.
+        TrainingDiverged: The loss is not a number.
+        KalmaGroveError: The folder belongs to another run, or the data does not fit.
+    """
+    session = TrainingSession(config, data, folder, warn=lambda line: say(f"passed over {line}"))
+    try:
+        done = session.folder.read_result()
+        if done is not None:
+            say(f"{folder} is complete already; choose another folder for a new run")
+            return done
+        for line in describe_run(session.run):
+            say(line)
+        if session.resumed_from:
+            say(f"going on from step {session.resumed_from}")
+        _run_to_the_end(session)
+        # Training is saved by now: an evaluation that fails loses nothing.
+        result = evaluate_run(session.run, ("valid", "test")) | {
+            "peak_memory_bytes": peak_memory_bytes(session.run.device)
+        }
+        session.finish(result)
+        return session.folder.read_result() or result
+    finally:
+        session.close()
+
+
+def describe_run(run: TrainingRun) -> list[str]:
+    """What is about to be trained: model, optimiser, length, device."""
+    parameters = count_parameters(run.model)
+    lines = [
+        f"{run.config.model.preset}: {parameters.total:,} parameters ({parameters.non_embedding:,} without embeddings)",
+        f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {run.device.type}, {run.precision}",
+    ]
+    optim = run.config.optim
+    if optim.name == "adamw":
+        return [*lines, f"adamw: all parameters, lr {optim.peak_lr:g}"]
+    groups = kalma_groups(
+        run.model, lr=optim.peak_lr, auxiliary_lr=optim.auxiliary_lr * optim.lr_scale, weight_decay=optim.weight_decay
+    )
+    return [*lines, *describe_groups(groups).replace("kalma:", f"{optim.name}:").splitlines()]
+
+
+def _run_to_the_end(session: TrainingSession) -> None:
+    run = session.run
+    with StopRequest() as stop, ProgressBar(run.total_steps, start_step=run.step) as progress:
+        while not run.done:
+            result = session.advance()
+            progress.update(run.step, result.loss, run.config.loop.tokens_per_step / result.seconds)
+            if stop.number is not None and not run.done:
+                path = session.save()
+                raise Interrupted(
+                    stop.number, f"stopped at step {run.step}; saved {path}; the same command goes on from there"
+                )
+
+
+def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:
+    """Scores of whole splits, and what the model costs."""
+    scores = {split: score_split(run, split).to_dict() for split in splits}
+    parameters = count_parameters(run.model)
+    return {
+        **scores,
+        "parameters": {
+            "total": parameters.total,
+            "embedding": parameters.embedding,
+            "non_embedding": parameters.non_embedding,
+        },
+        "flops_per_token": training_flops_per_token(run.model_config, run.config.loop.context_length),
+        "steps": run.step,
+        "tokens": run.step * run.config.loop.tokens_per_step,
+        "precision": run.precision,
+        "device": run.device.type,
+        "data_fingerprint": run.data.fingerprint,
+    }
+
+
+def score_split(run: TrainingRun, split: str) -> Scores:
+    """Scores of one split with the run's context and precision."""
+    info = run.data.splits[split]
+    length = run.config.loop.context_length
+    return score_tokens(
+        run.model,
+        run.data.tokens(split),
+        words=info.words,
+        text_bytes=info.bytes,
+        context_length=length,
+        stride=length,
+        vocab_size=run.model_config.vocab_size,
+        device=run.device,
+        precision=run.precision,
+    )

@@ -1,0 +1,33 @@
+"""A small text that every test of a whole command may train on."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from kalmagrove.data.packing import PackedText, prepare
+
+
+def write_text(path: Path, documents: int = 60) -> Path:
+    """Sentences of a small grammar, different in every document."""
+    chance = random.Random(0)
+    nouns, verbs = ["river", "engine", "garden", "teacher", "signal"], ["follows", "holds", "turns", "finds"]
+    texts = []
+    for number in range(documents):
+        sentences = [
+            f"The {chance.choice(nouns)} {chance.choice(verbs)} {chance.randrange(100)} {chance.choice(nouns)}s."
+            for _ in range(20)
+        ]
+        texts.append(f"Story {number}. " + " ".join(sentences))
+    path.write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "stories.txt")
+
+
+@pytest.fixture(scope="session")
+def packed(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedText:
+    return prepare(str(text_file), tmp_path_factory.mktemp("packed") / "stories", vocab_size=300)

@@ -1,0 +1,94 @@
+"""Computed costs against measured ones."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from kalmagrove.models.accounting import (
+    build_empty,
+    count_parameters,
+    decoding_bytes,
+    forward_macs_per_token,
+    training_memory,
+)
+from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.presets import FAMILIES
+from kalmagrove.optim.build import build_optimizers
+
+SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16, "max_position_embeddings": 48}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_add_up_and_equal_the_real_model(family: str) -> None:
+    config = model_config(family, SIZES)
+    counted = count_parameters(build_empty(config))
+    assert counted.total == sum(p.numel() for p in build_model(config, 0).parameters())
+    assert counted.total == counted.embedding + counted.attention + counted.feed_forward + counted.other
+    assert counted.embedding >= 99 * 64
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "slim"])
+def test_macs_equal_those_that_pytorch_counts(family: str) -> None:
+    config = model_config(family, SIZES | {"short_conv": 0})
+    model = build_model(config, 0).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 48, dtype=torch.int64))
+    # The plain kernel computes every pair of positions; a causal model needs (T + 1) / 2T of them.
+    attention = 3 * 2 * config.attention_width * 48
+    expected = counter.get_total_flops() / 2 / 48 - attention + attention * 49 / 96
+    assert forward_macs_per_token(config, 48) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 5, 31, 48])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_decoding_cache_is_as_large_as_computed(family: str, length: int) -> None:
+    config = model_config(family, SIZES)
+    model = build_model(config, 0).eval()
+    cache = model.new_cache()
+    with torch.no_grad():
+        for _ in range(length):
+            model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+    assert cache.num_bytes() == decoding_bytes(config, length)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "kalma"])
+def test_optimizer_memory_is_as_large_as_computed(name: str) -> None:
+    config = model_config("kalmagrove", SIZES)
+    model = build_model(config, 0)
+    optimizers = build_optimizers(name, model, lr=0.01)  # type: ignore[arg-type]
+    ids = torch.randint(0, 99, (2, 12))
+    model.token_loss_sum(ids, ids).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    measured = sum(
+        value.numel() * value.element_size()
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key != "step"
+    )
+    memory = training_memory(config, batch_size=2, context_length=12, optimizer=name)
+    assert memory.optimizer == measured
+    assert memory.parameters == memory.gradients == 4 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "kalmagrove"])
+def test_activation_memory_is_what_autograd_saves(family: str) -> None:
+    config = model_config(family, SIZES)
+    model = build_model(config, 0)
+    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+    keep = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        keep.append(tensor)
+        if tensor.untyped_storage().data_ptr() not in owned:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    ids = torch.zeros(3, 20, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.token_loss_sum(ids, ids)
+    computed = training_memory(config, batch_size=3, context_length=20, optimizer="adamw").activations
+    assert computed == pytest.approx(sum(saved.values()), rel=0.02)

@@ -1,0 +1,74 @@
+"""Wrong configurations are refused with the option's name; presets and sizes are what they claim."""
+
+from typing import Any
+
+import pytest
+
+from kalmagrove.errors import UsageError
+from kalmagrove.models.accounting import build_empty, count_parameters
+from kalmagrove.models.build import model_config
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.presets import SIZES, preset_names, split_preset
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "batchnorm"}, "norm must be one of rmsnorm, layernorm; got 'batchnorm'"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer, got 0"),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers must be a positive integer, got 2.5"),
+        ({"rank": 129}, "rank 129 must be between 1 and 128"),
+        ({"attention": "arnold"}, "attention = arnold needs resolutions"),
+        ({"resolutions": [{"num_heads": 1, "head_dim": 4}]}, "resolutions need attention = arnold"),
+        ({"short_conv": 1}, "short_conv must be 0"),
+        ({"bias": True, "projections": "grove"}, "bias is for dense projections"),
+        ({"head_dim": 7}, "head_dim must be even"),
+    ],
+)
+def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KalmaGroveConfig(**options)
+
+
+def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="unknown preset 'kalmgrove-tiny'; did you mean 'kalmagrove-tiny'"):
+        split_preset("kalmgrove-tiny")
+
+
+def test_a_wrong_override_of_a_preset_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="model: rank 4096 must be between 1 and"):
+        model_config("kalmagrove-tiny", {"rank": 4096})
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_a_valid_configuration(name: str) -> None:
+    model_config(name)
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions"),
+    [
+        ("gpt2-base", 124.4),
+        ("gpt2-large", 354.8),
+        ("llama-base", 123.6),
+        ("llama-large", 353.9),
+        ("kalmagrove-base", 69.4),
+        ("kalmagrove-large", 182.9),
+    ],
+)
+def test_the_papers_four_sizes(preset: str, millions: float) -> None:
+    total = count_parameters(build_empty(model_config(preset))).total
+    assert total / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("size", list(SIZES))
+def test_the_slim_control_is_as_large_as_kalmagrove(size: str) -> None:
+    ours, slim = (
+        count_parameters(build_empty(model_config(f"{family}-{size}"))).total for family in ("kalmagrove", "slim")
+    )
+    assert 0.97 * ours <= slim <= 1.03 * ours
+
+
+def test_sizes_are_ordered() -> None:
+    totals = [count_parameters(build_empty(model_config(f"llama-{size}"))).total for size in SIZES]
+    assert totals == sorted(totals)

@@ -1,0 +1,212 @@
+"""The decoder as a whole: causality, cached decoding, saving and loading, generation, adaptors."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.presets import FAMILIES
+
+ARNOLD = [
+    {"num_heads": 2, "head_dim": 4, "stride": 1, "window": 5},
+    {"num_heads": 1, "head_dim": 6, "stride": 3, "window": None},
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 40,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {"preset": family} for family in FAMILIES},
+    "letter": {"preset": "kalmagrove", "rank": 10, "shared_sides": "both", "core": "dense", "sharing": "group"},
+    "inner-block": {"preset": "kalmagrove", "rank": 8, "shared_sides": "inner", "core": "block", "core_block_size": 4},
+    "inner-full": {"preset": "kalmagrove", "shared_sides": "inner", "sharing": "group", "group_size": 3},
+    "untied": {"preset": "llama", "tie_word_embeddings": False},
+    "arnold-alone": {"preset": "llama", "attention": "arnold", "resolutions": ARNOLD},
+}
+
+
+def variant(name: str) -> KalmaGroveForCausalLM:
+    options = dict(VARIANTS[name])
+    config = model_config(options.pop("preset"), SIZES | options)
+    model = build_model(config, seed=5).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def tokens(length: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(0, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_do_not_depend_on_later_tokens(name: str) -> None:
+    model, ids = variant(name), tokens(21)
+    before = model(ids).logits
+    for position in (1, 7, 20):
+        changed = ids.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % 99
+        after = model(changed).logits
+        assert torch.allclose(after[:, :position], before[:, :position], atol=1e-5)
+        assert not torch.allclose(after[:, position], before[:, position], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("prompt", [1, 4, 37])
+def test_cached_decoding_equals_the_full_forward(name: str, prompt: int) -> None:
+    model, ids = variant(name), tokens(40)
+    expected = model(ids).logits
+    cache = model.new_cache()
+    pieces = [model(ids[:, :prompt], cache=cache).logits]
+    pieces += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(prompt, 40)]
+    assert torch.allclose(torch.cat(pieces, dim=1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_save_and_load_give_the_same_logits_and_shared_tensors_are_stored_once(name: str, tmp_path: Path) -> None:
+    from safetensors import safe_open
+
+    model, ids = variant(name), tokens(13)
+    model.save_pretrained(tmp_path)
+    loaded = KalmaGroveForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in model.parameters())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
+    assert stored == sum(p.numel() for p in model.parameters())
+
+
+def test_a_loaded_model_still_shares_its_bases(tmp_path: Path) -> None:
+    variant("kalmagrove").save_pretrained(tmp_path)
+    layers = KalmaGroveForCausalLM.from_pretrained(tmp_path).model.layers
+    assert layers[0].mlp.up_proj._right[1] is layers[1].mlp.up_proj._right[1]
+
+
+def test_auto_classes_open_our_folders(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = variant("kalmagrove")
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), KalmaGroveConfig)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), KalmaGroveForCausalLM)
+
+
+@pytest.mark.parametrize("name", ["llama", "kalmagrove"])
+def test_generate_with_the_cache_equals_generate_without(name: str) -> None:
+    model, ids = variant(name), tokens(9)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 98, "eos_token_id": None}
+    cached = model.generate(ids, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+    step = ids
+    for _ in range(12):
+        step = torch.cat((step, model(step).logits[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(cached, step)
+
+
+def test_beam_search_reorders_the_cache() -> None:
+    model, ids = variant("kalmagrove"), tokens(6)
+    options: dict[str, Any] = {
+        "max_new_tokens": 9,
+        "num_beams": 3,
+        "do_sample": False,
+        "pad_token_id": 98,
+        "eos_token_id": None,
+    }
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("name", ["llama", "kalmagrove", "untied"])
+def test_the_training_loss_equals_the_loss_with_labels(name: str) -> None:
+    model, ids = variant(name), tokens(14)
+    total = model.token_loss_sum(ids[:, :-1], ids[:, 1:])
+    assert torch.allclose(total / 26, model(ids, labels=ids).loss, atol=1e-5)
+
+
+def test_labels_of_minus_100_are_left_out() -> None:
+    model, ids = variant("llama"), tokens(10)
+    labels = ids.clone()
+    labels[:, 5:] = -100
+    assert torch.allclose(model(ids, labels=labels).loss, model(ids[:, :5], labels=ids[:, :5]).loss, atol=1e-5)
+
+
+def test_padding_is_refused_and_a_mask_of_ones_is_not() -> None:
+    model, ids = variant("kalmagrove"), tokens(5)
+    mask = torch.ones_like(ids)
+    model(ids, attention_mask=mask)
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="padded batches are not supported"):
+        model(ids, attention_mask=mask)
+
+
+def test_a_text_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text is 41 tokens long, the model's context is 40"):
+        variant("llama")(tokens(41))
+
+
+def test_adaptors_switch_the_whole_model_and_dense_models_have_none() -> None:
+    model, ids = variant("kalmagrove"), tokens(8)
+    base = model(ids).logits
+    model.add_adaptor("legal")
+    model.set_adaptor("legal")
+    for name, parameter in model.named_parameters():
+        if "adaptors.legal" in name:
+            parameter.data.add_(0.1)
+    assert not torch.allclose(model(ids).logits, base, atol=1e-3)
+    model.set_adaptor(None)
+    assert torch.equal(model(ids).logits, base)
+    with pytest.raises(ValueError, match="adaptors need projections = grove"):
+        variant("llama").add_adaptor("legal")
+
+
+def test_the_seed_alone_decides_the_initial_weights_and_the_global_state_is_left_alone() -> None:
+    config = model_config("kalmagrove", SIZES)
+    torch.manual_seed(1)
+    first = build_model(config, seed=3)
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, torch.rand(1))
+    second = build_model(config, seed=3)
+    other = build_model(config, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+CHECKPOINT_NAMES = [
+    "model.bases.left.down_proj.bases.0.weight",
+    "model.bases.left.o_proj.bases.0.weight",
+    "model.bases.right.k_proj.bases.0.weight",
+    "model.bases.right.q_proj.bases.0.weight",
+    "model.bases.right.up_proj.bases.0.weight",
+    "model.bases.right.v_proj.bases.0.weight",
+    "model.embed_tokens.weight",
+    "model.layers.1.input_layernorm.weight",
+    "model.layers.1.mlp.down_proj.core",
+    "model.layers.1.mlp.up_proj.core",
+    "model.layers.1.post_attention_layernorm.weight",
+    "model.layers.1.residual_mix",
+    "model.layers.1.self_attn.k_conv.weight",
+    "model.layers.1.self_attn.k_proj.core",
+    "model.layers.1.self_attn.o_proj.core",
+    "model.layers.1.self_attn.q_proj.core",
+    "model.layers.1.self_attn.query_gain",
+    "model.layers.1.self_attn.v_conv.weight",
+    "model.layers.1.self_attn.v_proj.core",
+    "model.layers.1.self_attn.value_mix",
+    "model.norm.weight",
+]
+
+
+def test_checkpoint_names_are_a_contract() -> None:
+    names = {
+        n for n in variant("kalmagrove").state_dict() if ".bases.0." in n or ".layers.1." in n or "layers" not in n
+    }
+    names = {n for n in names if ".bases." not in n.removeprefix("model.bases") or ".bases.0." in n}
+    assert sorted(names) == CHECKPOINT_NAMES

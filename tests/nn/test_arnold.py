@@ -1,0 +1,166 @@
+"""Arnold against the paper's sum written out, its causality, and its cache; float64 on the CPU."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kalmagrove.nn.arnold import (
+    DecodingCache,
+    MultiResolutionAttention,
+    Resolution,
+    local_attention,
+    masked_attention,
+    pool_blocks,
+)
+
+GROUPS = {
+    "full": (Resolution(3, 6),),
+    "window": (Resolution(2, 6, window=5),),
+    "coarse": (Resolution(1, 6, stride=3),),
+    "coarse-window": (Resolution(1, 4, stride=2, window=7),),
+    "three": (Resolution(2, 4, window=4), Resolution(1, 6, stride=3), Resolution(1, 4, stride=2, window=6)),
+}
+LENGTHS = (1, 2, 3, 7, 13, 20)
+
+
+def attention(groups: tuple[Resolution, ...], *, tricks: bool = True, seed: int = 0) -> MultiResolutionAttention:
+    torch.manual_seed(seed)
+    layer = MultiResolutionAttention(
+        10,
+        groups,
+        lambda name, n_in, n_out: nn.Linear(n_in, n_out, bias=False),
+        qk_norm=tricks,
+        short_conv=3 if tricks else 0,
+        value_residual=tricks,
+    ).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return layer
+
+
+def naive_group(query: Tensor, key: Tensor, value: Tensor, group: Resolution) -> Tensor:
+    """Equation 4 for one head, query by query: (sequence, head_dim) each, keys and values not pooled yet."""
+    outputs = []
+    for position in range(len(query)):
+        scores, seen = ([0.0], [torch.zeros_like(value[0])]) if group.stride > 1 else ([], [])
+        for block in range(len(key) // group.stride):
+            first, last = block * group.stride, (block + 1) * group.stride - 1
+            if last > position or (group.window is not None and first <= position - group.window):
+                continue
+            pooled_key = key[first : last + 1].mean(dim=0)
+            scores.append(float(query[position] @ pooled_key) / math.sqrt(group.head_dim))
+            seen.append(value[first : last + 1].mean(dim=0))
+        weights = torch.tensor(scores, dtype=value.dtype).softmax(dim=0)
+        outputs.append(sum(weight * v for weight, v in zip(weights, seen, strict=True)))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("group", [g for groups in GROUPS.values() for g in groups], ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_group_equals_the_sum_of_the_paper_written_out(group: Resolution, length: int) -> None:
+    layer = attention((group,), tricks=False)
+    layer.rotary = nn.ModuleDict()
+    x = torch.randn(1, length, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    heads = [
+        projection(x)[0].unflatten(-1, (group.num_heads, group.head_dim)).transpose(0, 1)
+        for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
+    ]
+    naive = [naive_group(q.detach(), k.detach(), v.detach(), group) for q, k, v in zip(*heads, strict=True)]
+    expected = layer.o_proj(torch.cat(naive, dim=-1))
+    assert torch.allclose(layer(x)[0][0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_no_position_sees_a_later_token_by_perturbation(name: str) -> None:
+    layer, length = attention(GROUPS[name]), 13
+    x = torch.randn(2, length, 10, dtype=torch.float64)
+    first_values = torch.randn(2, length, sum(layer.widths), dtype=torch.float64)
+    before, _ = layer(x, first_values)
+    for position in range(length):
+        changed = x.clone()
+        changed[:, position:] += 3.0
+        after, _ = layer(changed, first_values)
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.allclose(after[:, position:], before[:, position:])
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_no_position_sees_a_later_token_by_gradient(name: str) -> None:
+    layer, length = attention(GROUPS[name]), 11
+    x = torch.randn(1, length, 10, dtype=torch.float64, requires_grad=True)
+    output, _ = layer(x)
+    for position in range(length):
+        (gradient,) = torch.autograd.grad(output[0, position].sum(), x, retain_graph=True)
+        assert not gradient[0, position + 1 :].any()
+        if position + 1 >= max(group.stride for group in GROUPS[name]):
+            assert gradient[0, : position + 1].any()
+
+
+@pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.parametrize("portions", [(20,), (1,) * 20, (2, 1, 1, 7, 9), (19, 1), (3, 3, 3, 3, 3, 3, 2)], ids=str)
+def test_cached_decoding_equals_the_full_forward(name: str, portions: tuple[int, ...]) -> None:
+    layer = attention(GROUPS[name])
+    x = torch.randn(2, 20, 10, dtype=torch.float64)
+    first_values = torch.randn(2, 20, sum(layer.widths), dtype=torch.float64)
+    expected, _ = layer(x, first_values)
+    state: dict[str, Tensor] = {}
+    outputs, offset = [], 0
+    for portion in portions:
+        here = slice(offset, offset + portion)
+        outputs.append(layer(x[:, here], first_values[:, here], state, offset)[0])
+        offset += portion
+    assert torch.allclose(torch.cat(outputs, dim=1), expected, atol=1e-12)
+
+
+def test_the_cache_keeps_only_what_its_resolutions_can_still_see() -> None:
+    layer = attention((Resolution(1, 4, window=4), Resolution(1, 4, stride=3)), tricks=False)
+    state: dict[str, Tensor] = {}
+    for offset in range(20):
+        layer(torch.randn(1, 1, 10, dtype=torch.float64), None, state, offset)
+    assert state["0.keys"].shape[2] == 3
+    assert state["1.keys"].shape[2] == 20 // 3
+    assert state["1.open_keys"].shape[2] == 20 % 3
+
+
+def test_the_cache_reorders_rows_and_counts_bytes() -> None:
+    cache = DecodingCache(1)
+    cache.layers[0]["keys"] = torch.arange(6.0).reshape(3, 2)
+    assert cache.num_bytes() == 24
+    cache.reorder_cache(torch.tensor([2, 0, 0]))
+    assert cache.layers[0]["keys"].tolist() == [[4, 5], [0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 12, 13])
+def test_local_attention_equals_masked_attention(length: int) -> None:
+    query, key, value = torch.randn(3, 2, 3, length, 6, dtype=torch.float64)
+    positions = torch.arange(length)
+    visible = Resolution(3, 6, window=5).visible(positions, positions)
+    assert torch.allclose(local_attention(query, key, value, 5), masked_attention(query, key, value, visible))
+
+
+def test_pooling_leaves_out_the_block_that_is_not_finished() -> None:
+    x = torch.arange(7.0).reshape(1, 1, 7, 1)
+    assert pool_blocks(x, 3).flatten().tolist() == [1.0, 4.0]
+
+
+def test_full_attention_equals_pytorchs_own() -> None:
+    layer = attention((Resolution(3, 6),), tricks=False)
+    layer.rotary = nn.ModuleDict()
+    x = torch.randn(2, 9, 10, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (3, 6)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+    assert torch.allclose(layer(x)[0], layer.o_proj(attended))
+
+
+@pytest.mark.parametrize("wrong", [{"num_heads": 0}, {"stride": 0}, {"head_dim": -1}])
+def test_a_resolution_needs_positive_numbers(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        Resolution(**{"num_heads": 1, "head_dim": 4} | wrong)
+
+
+def test_a_window_shorter_than_the_stride_is_refused() -> None:
+    with pytest.raises(ValueError, match="window 3 is shorter than stride 4"):
+        Resolution(1, 4, stride=4, window=3)

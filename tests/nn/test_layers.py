@@ -1,0 +1,78 @@
+"""Norms, rotary positions, the short convolution, the feed-forward and the sliced loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kalmagrove.nn import loss as loss_module
+from kalmagrove.nn.layers import FeedForward, RMSNorm, RotaryEmbedding, ShortConvolution
+from kalmagrove.nn.loss import linear_cross_entropy
+
+
+def test_rms_norm_divides_by_the_root_mean_square() -> None:
+    norm = RMSNorm(6, eps=0.0)
+    x = torch.randn(2, 3, 6)
+    assert torch.allclose(norm(x), x / x.square().mean(-1, keepdim=True).sqrt(), atol=1e-6)
+
+
+def test_rotary_scores_depend_on_the_distance_alone() -> None:
+    rotary = RotaryEmbedding(8)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def score(query_at: int, key_at: int) -> float:
+        return float((rotary(q, torch.tensor([query_at])) * rotary(k, torch.tensor([key_at]))).sum())
+
+    assert score(9, 4) == pytest.approx(score(25, 20), abs=1e-5)
+    assert score(9, 4) != pytest.approx(score(9, 5), abs=1e-3)
+
+
+def test_rotary_needs_an_even_head() -> None:
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        RotaryEmbedding(7)
+
+
+def test_the_short_convolution_starts_as_the_identity_and_equals_conv1d() -> None:
+    convolution = ShortConvolution(5, 4)
+    x = torch.randn(2, 9, 5)
+    assert torch.equal(convolution(x)[0], x)
+    convolution.weight.data.normal_()
+    expected = F.conv1d(F.pad(x.transpose(1, 2), (3, 0)), convolution.weight, groups=5).transpose(1, 2)
+    assert torch.allclose(convolution(x)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "relu2"])
+def test_the_feed_forward_is_what_its_name_says(kind: str) -> None:
+    layer = FeedForward(6, 10, kind, lambda name, n_in, n_out: nn.Linear(n_in, n_out, bias=False))  # type: ignore[arg-type]
+    x = torch.randn(3, 6)
+    up = layer.up_proj(x)
+    hidden = {
+        "gelu": lambda: F.gelu(up, approximate="tanh"),
+        "swiglu": lambda: F.silu(layer.gate_proj(x)) * up,
+        "relu2": lambda: F.relu(up) ** 2,
+    }[kind]()
+    assert torch.allclose(layer(x), layer.down_proj(hidden))
+    assert hasattr(layer, "gate_proj") == (kind == "swiglu")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_the_sliced_loss_and_its_gradients_equal_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "ROWS", rows)
+    hidden = torch.randn(13, 6, requires_grad=True)
+    weight = torch.randn(11, 6, requires_grad=True)
+    targets = torch.randint(0, 11, (13,))
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    expected_gradients = torch.autograd.grad(expected * 0.7, (hidden, weight))
+    actual = linear_cross_entropy(hidden, weight, targets)
+    gradients = torch.autograd.grad(actual * 0.7, (hidden, weight))
+    assert torch.allclose(actual, expected)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_sliced_loss_without_gradients() -> None:
+    hidden, weight, targets = torch.randn(5, 6), torch.randn(11, 6), torch.randint(0, 11, (5,))
+    with torch.no_grad():
+        assert torch.allclose(
+            linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+        )

@@ -1,0 +1,320 @@
+"""Kalma: its algebra, its contract as an optimiser, and that it learns."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from kalmagrove.models.build import build_model, model_config
+from kalmagrove.optim.curvature import ActivationStatistics, damped_inverse, inverse_square_root, newton_schulz
+from kalmagrove.optim.kalma import Kalma, describe_groups, kalma_groups
+
+SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8, "max_position_embeddings": 40}
+
+
+def covariance(size: int, seed: int = 0) -> torch.Tensor:
+    factor = torch.randn(size, 3 * size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return factor @ factor.T / (3 * size)
+
+
+@pytest.mark.parametrize("shape", [(7, 13), (13, 7), (8, 8), (1, 5), (3, 7, 13)])
+def test_newton_schulz_is_near_the_polar_factor(shape: tuple[int, ...]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    values = torch.linalg.svdvals(newton_schulz(matrix, steps=8))
+    assert values.min() > 0.6 and values.max() < 1.3
+    rotated = u.mT @ newton_schulz(matrix, steps=8) @ vt.mT
+    off_diagonal = rotated - torch.diag_embed(torch.diagonal(rotated, dim1=-2, dim2=-1))
+    assert off_diagonal.abs().max() < 1e-3
+
+
+def test_newton_schulz_of_zero_is_zero() -> None:
+    assert not newton_schulz(torch.zeros(3, 4)).any()
+
+
+def test_the_damped_inverse_is_the_inverse_up_to_scale() -> None:
+    c = covariance(6)
+    inverse = damped_inverse(c, 0.1)
+    product = inverse @ (c / c.diagonal().mean() + 0.1 * torch.eye(6, dtype=torch.float64))
+    assert torch.allclose(product, product[0, 0] * torch.eye(6, dtype=torch.float64), atol=1e-10)
+    assert inverse.diagonal().mean() == pytest.approx(1.0)
+    assert torch.allclose(damped_inverse(c * 1e6, 0.1), inverse)
+
+
+def test_the_inverse_square_root_squares_to_the_damped_inverse() -> None:
+    c = covariance(6)
+    root = inverse_square_root(c, 0.1)
+    squared = root @ root
+    assert torch.allclose(squared / squared.diagonal().mean(), damped_inverse(c, 0.1), atol=1e-8)
+
+
+@pytest.mark.parametrize("function", [damped_inverse, inverse_square_root])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_without_information_p_is_the_identity(function: Any, value: float) -> None:
+    assert torch.equal(function(torch.full((3, 3), value), 0.1), torch.eye(3))
+
+
+def test_activation_statistics_are_the_mean_outer_product() -> None:
+    layer = nn.Linear(5, 3)
+    statistics = ActivationStatistics([layer.weight])
+    assert statistics.attach(layer) == 1
+    statistics.active = True
+    first, second = torch.randn(7, 5), torch.randn(2, 4, 5)
+    layer(first)
+    layer(second)
+    flat = second.reshape(-1, 5)
+    expected = (first.T @ first / 7 + flat.T @ flat / 8) / 2
+    assert torch.allclose(statistics.take()[id(layer.weight)], expected, atol=1e-6)
+    assert statistics.take() == {}
+
+
+def test_statistics_skip_evaluation_no_grad_and_inactive_forwards() -> None:
+    layer = nn.Linear(5, 3)
+    statistics = ActivationStatistics([layer.weight])
+    statistics.attach(layer)
+    layer(torch.randn(2, 5))
+    statistics.active = True
+    with torch.no_grad():
+        layer(torch.randn(2, 5))
+    layer.eval()
+    layer(torch.randn(2, 5))
+    assert statistics.take() == {}
+
+
+def test_a_shared_basis_collects_from_every_layer_that_uses_it() -> None:
+    model = build_model(model_config("kalmagrove", SIZES), 0)
+    basis = model.model.layers[0].mlp.up_proj._right[1].weight
+    statistics = ActivationStatistics([basis])
+    statistics.attach(model)
+    statistics.active = True
+    inputs = []
+    for layer in model.model.layers[:2]:
+        layer.mlp.up_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
+    model(torch.randint(0, 99, (2, 9)))
+    expected = sum(x.T @ x / 18 for x in inputs) / 2
+    assert torch.allclose(statistics.take()[id(basis)], expected, atol=1e-5)
+
+
+def test_one_step_is_the_formula() -> None:
+    weight = nn.Parameter(torch.randn(4, 6))
+    layer = nn.Linear(6, 4, bias=False)
+    layer.weight = weight
+    start, x = weight.detach().clone(), torch.randn(50, 6)
+    optimizer = Kalma([weight], lr=0.1, weight_decay=0.2, momentum=0.9, damping=0.3)
+    optimizer.attach(layer)
+    layer(x).square().mean().backward()
+    gradient = weight.grad.clone()
+    optimizer.step()
+    momentum = 0.1 * gradient
+    lookahead = 0.1 * gradient + 0.9 * momentum
+    update = newton_schulz(lookahead @ damped_inverse(x.T @ x / 50, 0.3))
+    expected = start * (1 - 0.1 * 0.2) - 0.1 * 0.2 * 6**0.5 * update
+    assert torch.allclose(weight, expected, atol=2e-2 * 0.1)
+    assert not torch.allclose(weight, start, atol=1e-2)
+
+
+def test_identity_curvature_is_torchs_muon() -> None:
+    start = torch.randn(6, 9)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    kalma = Kalma([ours], lr=0.05, weight_decay=0.1)
+    muon = torch.optim.Muon([theirs], lr=0.05, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(5):
+        gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(step))
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        kalma.state[ours].setdefault("momentum", torch.zeros(6, 9))
+        kalma.state[ours]["precision"] = torch.eye(9)
+        kalma.param_groups[0]["step"] = 1
+        kalma.step()
+        muon.step()
+    assert torch.allclose(ours, theirs, atol=5e-3)
+
+
+def test_vectors_are_trained_by_exactly_adamw() -> None:
+    ours, theirs = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    kalma = Kalma([{"params": [ours], "method": "adamw", "lr": 0.01, "weight_decay": 0.1}], betas=(0.8, 0.9))
+    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
+    for step in range(6):
+        ours.grad = torch.full((5,), float(step - 2))
+        theirs.grad = ours.grad.clone()
+        kalma.step()
+        adamw.step()
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "kalmagrove"])
+def test_groups_hold_every_parameter_once_and_embeddings_go_to_adamw(preset: str) -> None:
+    model = build_model(model_config(preset, SIZES), 0)
+    matrices, rest = kalma_groups(model)
+    assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    assert all("embed" not in name for name in matrices["names"])
+    assert all(p.ndim == 2 for p in matrices["params"])
+    assert "model.embed_tokens.weight" in rest["names"]
+    text = describe_groups([matrices, rest])
+    assert text.startswith(f"kalma: {len(matrices['params'])} tensors, ")
+    assert "adamw: " in text and "embed_tokens" in text
+
+
+def test_a_tied_head_is_found_by_identity() -> None:
+    embedding, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
+    head.weight = embedding.weight
+    groups = kalma_groups(nn.ModuleDict({"output": head, "table": embedding, "hidden": nn.Linear(6, 6)}))
+    assert groups[0]["names"] == ["hidden.weight"]
+
+
+def test_an_untied_head_goes_to_adamw() -> None:
+    model = build_model(model_config("llama", SIZES | {"tie_word_embeddings": False}), 0)
+    assert "lm_head.weight" in kalma_groups(model)[1]["names"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr must be in"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        ({"damping": float("nan")}, "damping must be in"),
+        ({"betas": (0.9, 1.0)}, "betas must be in"),
+        ({"refresh_every": 0}, "refresh_every must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Kalma([nn.Parameter(torch.ones(2, 2))], **options)
+
+
+def test_a_method_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method kalma needs 2-D parameters, got shape \(3,\)"):
+        Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "kalma"}])
+    with pytest.raises(ValueError, match="method must be one of kalma, adamw, got 'sgd'"):
+        Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "sgd"}])
+
+
+def training(model: nn.Module, optimizer: Kalma, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        ids = torch.randint(0, 99, (2, 14), generator=torch.Generator().manual_seed(step))
+        loss = model.token_loss_sum(ids[:, :-1], ids[:, 1:]) / 26  # type: ignore[operator]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def attached(seed: int = 0) -> tuple[nn.Module, Kalma]:
+    model = build_model(model_config("kalmagrove", SIZES), seed)
+    optimizer = Kalma(kalma_groups(model), refresh_every=3)
+    optimizer.attach(model)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_state_dict_resumes_bit_for_bit(stop: int) -> None:
+    model, optimizer = attached()
+    unbroken = training(model, optimizer, range(8))
+    first, first_optimizer = attached()
+    losses = training(first, first_optimizer, range(stop))
+    second, second_optimizer = attached(seed=9)
+    second.load_state_dict(first.state_dict())
+    second_optimizer.load_state_dict(copy.deepcopy(first_optimizer.state_dict()))
+    losses += training(second, second_optimizer, range(stop, 8))
+    assert losses == unbroken
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
+
+
+def test_statistics_stay_float32_when_parameters_are_bfloat16() -> None:
+    parameter = nn.Parameter(torch.randn(4, 6).bfloat16())
+    optimizer = Kalma([parameter])
+    parameter.grad = torch.randn(4, 6).bfloat16()
+    optimizer.step()
+    loaded = Kalma([parameter])
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name, value in loaded.state[parameter].items():
+        assert value.dtype == torch.float32, name
+        assert torch.equal(value, optimizer.state[parameter][name])
+
+
+def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone_and_warns() -> None:
+    good, bad = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = Kalma([good, bad])
+    good.grad, bad.grad = torch.randn(3, 4), torch.full((3, 4), float("nan"))
+    with pytest.warns(RuntimeWarning, match="1 of 2 gradients are not finite"):
+        optimizer.step()
+    assert torch.equal(bad, torch.ones(3, 4)) and not torch.equal(good, torch.ones(3, 4))
+
+
+def test_zero_and_missing_gradients_are_harmless() -> None:
+    zero, missing = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
+    optimizer = Kalma([zero, missing], weight_decay=0.0)
+    zero.grad = torch.zeros(3, 4)
+    optimizer.step()
+    assert torch.equal(zero, torch.ones(3, 4)) and torch.equal(missing, torch.ones(3, 4))
+
+
+def test_a_closure_runs_with_gradients_and_its_loss_is_returned() -> None:
+    parameter = nn.Parameter(torch.ones(3, 4))
+    optimizer = Kalma([parameter])
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = parameter.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optimizer.step(closure) == 12.0
+    assert not torch.equal(parameter, torch.ones(3, 4))
+
+
+def test_it_is_deterministic() -> None:
+    runs = [training(*attached(), range(5)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_it_solves_a_rotated_ill_conditioned_layer_in_fewer_steps_than_adamw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -2, 12)
+    rotation = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
+    x = (torch.randn(400, 12, generator=generator) * scales) @ rotation
+    target = torch.randn(5, 12, generator=generator)
+
+    def final_loss(make: Any) -> float:
+        layer = nn.Linear(12, 5, bias=False)
+        nn.init.zeros_(layer.weight)
+        optimizer = make(layer)
+        for step in range(150):
+            for group in optimizer.param_groups:
+                group["lr"] = group.get("peak", group["lr"]) * (1 - step / 150)
+            optimizer.zero_grad()
+            loss = (layer(x) - x @ target.T).square().mean()
+            loss.backward()
+            optimizer.step()
+        return float(loss.detach())
+
+    def kalma(layer: nn.Linear) -> Kalma:
+        optimizer = Kalma([{"params": [layer.weight], "peak": 0.2, "weight_decay": 0.0}], lr=0.2, damping=1e-4)
+        optimizer.attach(layer)
+        return optimizer
+
+    best_adamw = min(
+        final_loss(
+            lambda layer, lr=lr: torch.optim.AdamW([{"params": [layer.weight], "peak": lr}], lr=lr, weight_decay=0.0)
+        )
+        for lr in (0.01, 0.03, 0.1, 0.3)
+    )
+    assert final_loss(kalma) < 0.5 * best_adamw
+
+
+def test_scheduler_and_added_group_work() -> None:
+    first, second = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(5))
+    optimizer = Kalma([first], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    optimizer.add_param_group({"params": [second], "lr": 0.01})
+    assert [group["method"] for group in optimizer.param_groups] == ["kalma", "adamw"]
+    first.grad, second.grad = torch.ones(3, 4), torch.ones(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05

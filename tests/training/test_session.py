@@ -1,0 +1,211 @@
+"""Runs in folders: resumed equals unbroken, accumulation equals the big batch, nothing is lost."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kalmagrove.data.packing import PackedText, prepare
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.models.convert import load_model
+from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.session import TrainingSession
+from kalmagrove.training.trainer import train
+
+STEPS = 7
+
+
+def config(preset: str = "kalmagrove", optim: str = "kalma", **loop: Any) -> TrainConfig:
+    options: dict[str, Any] = {
+        "tokens": str(STEPS * 4 * 24),
+        "batch_size": 4,
+        "context_length": 24,
+        "precision": "fp32",
+        "device": "cpu",
+        "log_every": 1,
+        "eval_every": 3,
+        "save_every": 2,
+    }
+    return TrainConfig(
+        data=DataConfig(vocab_size=300),
+        model=ModelConfig(preset=preset, hidden_size=32, num_hidden_layers=2, head_dim=8),
+        optim=OptimConfig(name=optim, refresh_every=3),  # type: ignore[arg-type]
+        loop=LoopConfig(**(options | loop)),
+    )
+
+
+def finish(session: TrainingSession, steps: int | None = None) -> list[float]:
+    losses = []
+    while not session.run.done and (steps is None or session.run.step < steps):
+        losses.append(session.advance().loss)
+    return losses
+
+
+def run_to_the_end(folder: Path, data: PackedText, conf: TrainConfig) -> tuple[list[float], dict[str, torch.Tensor]]:
+    session = TrainingSession(conf, data, folder)
+    losses = finish(session)
+    session.close()
+    return losses, session.run.model.state_dict()
+
+
+@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon"])
+@pytest.mark.parametrize("stop", [1, 4, 5])
+def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
+    optim: str, stop: int, packed: PackedText, tmp_path: Path
+) -> None:
+    unbroken, weights = run_to_the_end(tmp_path / "unbroken", packed, config(optim=optim))
+    first = TrainingSession(config(optim=optim), packed, tmp_path / "broken")
+    losses = finish(first, stop)
+    first.save()
+    first.close()
+    second = TrainingSession(config(optim=optim), packed, tmp_path / "broken")
+    assert second.resumed_from == stop
+    losses += finish(second)
+    second.close()
+    assert losses == unbroken
+    assert all(torch.equal(value, weights[name]) for name, value in second.run.model.state_dict().items())
+    steps = [record["step"] for record in second.folder.read_metrics()]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def test_a_crash_between_checkpoints_goes_back_to_the_last_one_and_repeats_it(
+    packed: PackedText, tmp_path: Path
+) -> None:
+    unbroken, _ = run_to_the_end(tmp_path / "unbroken", packed, config())
+    crashed = TrainingSession(config(), packed, tmp_path / "broken")
+    finish(crashed, 5)
+    crashed.close()
+    resumed = TrainingSession(config(), packed, tmp_path / "broken")
+    assert resumed.resumed_from == 4
+    assert finish(resumed) == unbroken[4:]
+    assert [record["loss"] for record in resumed.folder.read_metrics()] == unbroken
+    resumed.close()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path)
+    finish(session, 4)
+    session.close()
+    newest = sorted(session.folder.checkpoints_path.iterdir())[-1]
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    told: list[str] = []
+    resumed = TrainingSession(config(), packed, tmp_path, warn=told.append)
+    resumed.close()
+    assert resumed.resumed_from == 2
+    assert len(told) == 1 and newest.name in told[0] and "model.safetensors" in told[0]
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_accumulation_equals_the_big_batch(micro: int, packed: PackedText) -> None:
+    whole = TrainingRun(config(), packed)
+    parts = TrainingRun(config(micro_batch_size=micro), packed)
+    for _ in range(2):
+        assert parts.train_step().loss == pytest.approx(whole.train_step().loss, abs=1e-4)
+
+
+def test_accumulated_gradients_equal_those_of_the_big_batch(packed: PackedText) -> None:
+    whole, parts = TrainingRun(config(), packed), TrainingRun(config(), packed)
+    tokens = whole.batch(0)
+    assert whole._accumulate(tokens, 4) == pytest.approx(parts._accumulate(tokens, 1), abs=1e-5)
+    for one, other in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        assert torch.allclose(one.grad, other.grad, atol=1e-6)
+
+
+def test_two_models_of_one_seed_read_the_same_batches(packed: PackedText) -> None:
+    ours, theirs = TrainingRun(config("kalmagrove"), packed), TrainingRun(config("gpt2", "adamw"), packed)
+    assert all(torch.equal(ours.batch(step), theirs.batch(step)) for step in range(30))
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "llama", "llama-plus", "slim", "kalmagrove"])
+def test_training_lowers_the_loss(preset: str, packed: PackedText) -> None:
+    run = TrainingRun(config(preset, "adamw" if preset in ("gpt2", "llama") else "kalma", tokens="9600"), packed)
+    losses = [run.train_step().loss for _ in range(run.total_steps)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.3)
+    assert sum(losses[-5:]) / 5 < losses[0] - 1.5
+
+
+def test_a_loss_that_is_not_a_number_stops_with_step_checkpoint_and_advice(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path)
+    finish(session, 3)
+    with torch.no_grad():
+        session.run.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingDiverged, match=r"the loss is nan at step 4; lower optim\.lr .* checkpoint is step 2"):
+        session.advance()
+    session.close()
+
+
+def test_train_writes_a_folder_that_transformers_opens(packed: PackedText, tmp_path: Path) -> None:
+    said: list[str] = []
+    result = train(config("llama", "adamw"), packed, tmp_path / "run", say=said.append)
+    assert result["tokens"] == STEPS * 96 and result["steps"] == STEPS
+    assert result["test"]["perplexity"] == pytest.approx(math.exp(result["test"]["loss"]))
+    model = load_model(tmp_path / "run")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    for name in ("config.yaml", "environment.json", "metrics.jsonl", "result.json"):
+        assert (tmp_path / "run" / name).stat().st_size > 0
+    assert any("llama" in line for line in said)
+    again = train(config("llama", "adamw"), packed, tmp_path / "run", say=said.append)
+    assert again == result
+    assert "complete already" in said[-1]
+
+
+def test_the_exported_model_gives_the_logits_that_were_trained(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path / "run")
+    finish(session)
+    session.finish({})
+    session.close()
+    ids = session.run.batch(0)[:, :20]
+    loaded = load_model(tmp_path / "run")
+    assert torch.equal(loaded(ids).logits, session.run.model.eval()(ids).logits)
+    tokenizer = json.loads((tmp_path / "run" / "model" / "tokenizer_config.json").read_text())
+    assert tokenizer["eos_token"] == "<|endoftext|>"
+
+
+def test_a_folder_of_another_configuration_is_refused_and_left_alone(packed: PackedText, tmp_path: Path) -> None:
+    TrainingSession(config(), packed, tmp_path).close()
+    before = (tmp_path / "config.yaml").read_bytes()
+    changed = replace(config(), optim=OptimConfig(name="kalma", lr=0.5))
+    with pytest.raises(KalmaGroveError, match=r"optim\.lr"):
+        TrainingSession(changed, packed, tmp_path)
+    assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_other_data_is_refused(packed: PackedText, text_file: Path, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path / "run")
+    finish(session, 2)
+    session.close()
+    other = prepare(str(text_file), tmp_path / "other", vocab_size=300, seed=5)
+    with pytest.raises(KalmaGroveError, match="was trained on other data"):
+        TrainingSession(config(), other, tmp_path / "run")
+
+
+def test_too_little_text_says_how_much_is_needed(packed: PackedText) -> None:
+    with pytest.raises(KalmaGroveError, match=r"\d+ tokens"):
+        TrainingRun(config(context_length=60000, tokens="1m"), packed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"micro_batch_size": 3}, "micro_batch_size 3 does not divide loop.batch_size 4"),
+        ({"tokens": "95"}, "less than one batch of 96 tokens"),
+        ({"tokens": "many"}, "'many' is not a number of tokens"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_wrong_loop_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**options)
+
+
+def test_an_unknown_device_is_a_usage_error(packed: PackedText) -> None:
+    with pytest.raises(UsageError, match="loop: unknown device 'gpu'"):
+        TrainingRun(config(device="gpu"), packed)
