@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -115,13 +116,15 @@ def model_folder(folder: str | Path) -> str:
     """The Hugging Face folder that a run folder holds, or the folder (or Hub name) itself.
 
     Raises:
-        KalmaGroveError: It exists and holds no model.
+        KalmaGroveError: It exists and holds no model, or is neither a folder nor a Hub name.
     """
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         if not (path / "model" / "config.json").is_file():
             raise KalmaGroveError(f"{folder} holds no config.json; give a model folder or a run folder that is done")
         return str(path / "model")
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)):
+        raise KalmaGroveError(f"{folder} does not exist; give a model folder, a run folder or a Hub name (owner/name)")
     return str(folder)
 
 

@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Each creates .venv if it is missing.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BUDGET ?= 9m
+
+.PHONY: demo test lint types unit bench report clean
+
+demo: .venv/.installed
+	$(BIN)/python -m kalmagrove compare --budget $(BUDGET) --out runs/demo
+
+test: lint types unit
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+unit: .venv/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/step.py
+
+report: .venv/.installed
+	$(BIN)/python -m kalmagrove report runs/demo
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; none was found" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python pyproject.toml constraints.txt
+	@echo "installing into .venv (a few minutes the first time)"
+	$(PIP) install --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
