@@ -21,11 +21,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ROWS):
             rows, goal = hidden[start : start + ROWS], targets[start : start + ROWS, None]
             logits = torch.mm(rows, weight.T).float()
-            log_normaliser = torch.logsumexp(logits, dim=-1, keepdim=True)
-            total += (log_normaliser - logits.gather(1, goal)).sum()
+            goal_logits, peak = logits.gather(1, goal), logits.amax(dim=-1, keepdim=True)
+            # One exponential serves both the loss and its gradient.
+            weights = logits.sub_(peak).exp_()
+            normaliser = weights.sum(dim=-1, keepdim=True)
+            total += (normaliser.log() + peak - goal_logits).sum()
             if hidden_gradient is None:
                 continue
-            probabilities = logits.sub_(log_normaliser).exp_()
+            probabilities = weights.div_(normaliser)
             probabilities.scatter_add_(1, goal, torch.full_like(goal, -1, dtype=probabilities.dtype))
             slope = probabilities.to(hidden.dtype)
             torch.mm(slope, weight, out=hidden_gradient[start : start + ROWS])

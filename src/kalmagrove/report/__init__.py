@@ -1,0 +1,1 @@
+"""Turns the results of a comparison into a page, a Markdown table, a terminal table and a plain sentence."""

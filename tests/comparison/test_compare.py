@@ -1,0 +1,158 @@
+"""A whole comparison on a small text: fair, complete, resumable, and honest about what failed."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalmagrove.comparison import compare as compare_module
+from kalmagrove.comparison.compare import compare
+from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.report.results import Results
+from kalmagrove.training.config import DataConfig, LoopConfig
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.run_folder import RunFolder
+from kalmagrove.training.session import TrainingSession
+
+STEPS = 14
+
+
+def config(**options: Any) -> CompareConfig:
+    loop = LoopConfig(
+        tokens=str(STEPS * 2 * 16), batch_size=2, context_length=16, precision="fp32", device="cpu", log_every=1,
+        save_every=5,
+    )  # fmt: skip
+    defaults: dict[str, Any] = {"data": DataConfig(vocab_size=300), "models": "llama,kalmagrove", "size": "tiny"}
+    return CompareConfig(**(defaults | {"loop": loop} | options))
+
+
+def run(folder: Path, data: PackedText, conf: CompareConfig | None = None) -> dict[str, Any]:
+    return compare(conf or config(), data, folder, command="kalmagrove compare", say=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def finished(packed: PackedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison") / "demo"
+    run(folder, packed, config(seeds="0,3"))
+    return folder
+
+
+def test_everything_that_the_report_needs_is_there(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    assert Results.from_dict(results).to_dict() == results
+    assert results["baseline"] == "llama-tiny" and results["candidate"] == "kalmagrove-tiny"
+    for model in results["models"]:
+        assert [r["seed"] for r in model["runs"]] == [0, 3]
+        assert all(r["test"]["tokens"] == results["data"]["splits"]["test"]["tokens"] - 1 for r in model["runs"])
+        assert model["peak_memory_bytes"] > model["parameters"]["total"] * 4
+        assert model["step_seconds"] > 0
+        assert model["precision"] == "fp32"
+    assert len(results["paired_time"][0]["ratios"]) == 2 * (STEPS - 10)
+
+
+def test_both_sides_read_the_same_tokens(finished: Path) -> None:
+    curves = [
+        [record["tokens"] for record in RunFolder(finished / name / "lr-x1" / "seed-0").read_metrics()]
+        for name in ("llama-tiny", "kalmagrove-tiny")
+    ]
+    assert curves[0] == curves[1] == [32 * step for step in range(1, STEPS + 1)]
+
+
+def test_the_page_holds_the_numbers_and_needs_nothing_else(finished: Path) -> None:
+    page = (finished / "report.html").read_text()
+    results = json.loads((finished / "results.json").read_text())
+    mean = sum(run["test"]["perplexity"] for run in results["models"][0]["runs"]) / 2
+    assert f"{mean:.0f}" in page
+    assert "kalmagrove compare" in page and "<svg" in page
+    assert "<script" not in page and not re.search(r'(src|href)="https?:', page)
+    assert "llama-tiny" in (finished / "table.md").read_text()
+
+
+def test_a_second_call_trains_nothing_and_gives_the_same(
+    finished: Path, packed: PackedText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((finished / "results.json").read_text())
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
+    assert run(finished, packed, config(seeds="0,3"))["models"] == before["models"]
+
+
+def test_a_crash_in_the_middle_goes_on_and_gives_the_same_scores(
+    finished: Path, packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = TrainingSession.advance
+    calls = 0
+
+    def crash_at_30(self: TrainingSession) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 30:
+            raise OSError("the machine went down")
+        return advance(self)
+
+    monkeypatch.setattr(TrainingSession, "advance", crash_at_30)
+    with pytest.raises(OSError, match="went down"):
+        run(tmp_path / "demo", packed, config(seeds="0,3"))
+    monkeypatch.setattr(TrainingSession, "advance", advance)
+    resumed = run(tmp_path / "demo", packed, config(seeds="0,3"))
+    unbroken = json.loads((finished / "results.json").read_text())
+    for ours, theirs in zip(resumed["models"], unbroken["models"], strict=True):
+        for one, other in zip(ours["runs"], theirs["runs"], strict=True):
+            assert one["test"] == other["test"] and one["valid"] == other["valid"]
+            assert one["curve"]["loss"] == other["curve"]["loss"]
+
+
+def test_another_comparison_in_the_folder_is_refused(finished: Path, packed: PackedText) -> None:
+    with pytest.raises(KalmaGroveError, match="seeds"):
+        run(finished, packed, config(seeds="0,4"))
+
+
+def test_trials_choose_the_best_rate_on_the_validation_split_for_each_side(packed: PackedText, tmp_path: Path) -> None:
+    results = run(tmp_path / "demo", packed, config(trials=3))
+    for model in results["models"]:
+        tried = {trial["lr_scale"]: trial["valid_loss"] for trial in model["lr_trials"]}
+        assert set(tried) == {0.5, 1.0, 2.0}
+        assert tried[model["lr_scale"]] == min(tried.values())
+        assert model["runs"][0]["folder"].endswith(f"lr-x{model['lr_scale']:g}/seed-0")
+    read_test = [p for p in (tmp_path / "demo").rglob("result.json") if '"test"' in p.read_text()]
+    assert len(read_test) == 2
+
+
+def test_a_side_that_diverges_is_reported_and_the_other_is_finished(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = TrainingRun.train_step
+
+    def diverge(self: TrainingRun) -> Any:
+        if self.config.model.preset == "kalmagrove-tiny" and self.step == 4:
+            raise TrainingDiverged("the loss is nan at step 5")
+        return train_step(self)
+
+    monkeypatch.setattr(TrainingRun, "train_step", diverge)
+    results = run(tmp_path / "demo", packed)
+    by_name = {model["name"]: model["runs"][0] for model in results["models"]}
+    assert by_name["kalmagrove-tiny"]["diverged"] and by_name["kalmagrove-tiny"]["test"] is None
+    assert not by_name["llama-tiny"]["diverged"] and by_name["llama-tiny"]["test"] is not None
+    assert "diverged" in (tmp_path / "demo" / "report.html").read_text()
+
+
+def test_a_budget_is_turned_into_steps_once_and_kept(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalmagrove.comparison.plan.seconds_per_round", lambda *_: 0.5)
+    monkeypatch.setattr(compare_module, "measure_training_memory", lambda *_: 1)
+    results = run(tmp_path / "demo", packed, config(budget="10s"))
+    assert results["budget"]["steps"] == 16
+    monkeypatch.setattr("kalmagrove.comparison.plan.seconds_per_round", lambda *_: pytest.fail("measured again"))
+    assert run(tmp_path / "demo", packed, config(budget="10s"))["budget"]["steps"] == 16
+
+
+def test_a_budget_that_is_too_short_says_how_much_is_needed(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kalmagrove.comparison.plan.seconds_per_round", lambda *_: 2.0)
+    with pytest.raises(KalmaGroveError, match="too short for 10 steps of each model; give at least 25s"):
+        run(tmp_path / "demo", packed, config(budget="5s"))

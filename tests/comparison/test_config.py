@@ -1,0 +1,68 @@
+"""Who takes part in a comparison, and on what terms."""
+
+import pytest
+
+from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.comparison.plan import planned_steps
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, parse_count, parse_duration
+
+
+def test_plain_transformers_get_adamw_and_the_others_kalma_by_default() -> None:
+    contestants = CompareConfig(models="gpt2,llama-tiny,slim,kalmagrove", size="small").contestants()
+    assert [(c.name, c.optim) for c in contestants] == [
+        ("gpt2-small", "adamw"),
+        ("llama-tiny", "adamw"),
+        ("slim-small", "kalma"),
+        ("kalmagrove-small", "kalma"),
+    ]
+
+
+def test_one_preset_with_two_optimisers_gets_two_names() -> None:
+    contestants = CompareConfig(models="llama,llama", optim="adamw,kalma").contestants()
+    assert [c.name for c in contestants] == ["llama-mini+adamw", "llama-mini+kalma"]
+    with pytest.raises(UsageError, match="the same preset and optimiser twice"):
+        CompareConfig(models="llama,llama", optim="kalma")
+
+
+@pytest.mark.parametrize(
+    ("trials", "scales"), [(1, [1.0]), (2, [0.5, 1.0]), (3, [0.5, 1.0, 2.0]), (4, [0.25, 0.5, 1.0, 2.0])]
+)
+def test_trials_are_powers_of_two_around_one(trials: int, scales: list[float]) -> None:
+    assert CompareConfig(trials=trials).scales() == scales
+
+
+def test_every_side_gets_the_same_data_length_and_seed() -> None:
+    config = CompareConfig(data=DataConfig(vocab_size=300), loop=LoopConfig(batch_size=4, context_length=24))
+    ours, theirs = (config.train_config(c, scale=2.0, seed=7, steps=11) for c in config.contestants())
+    assert ours.data == theirs.data and ours.loop == theirs.loop
+    assert ours.loop.total_steps == 11 and ours.loop.seed == 7
+    assert ours.optim.weight_decay == theirs.optim.weight_decay
+    assert ours.optim.lr_scale == theirs.optim.lr_scale == 2.0
+
+
+def test_without_a_budget_the_tokens_decide() -> None:
+    config = CompareConfig(loop=LoopConfig(tokens="8k", batch_size=4, context_length=100))
+    assert planned_steps(config, None, say=print) == 20  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "count"), [("500k", 500_000), ("2.5m", 2_500_000), ("1b", 10**9), ("12_000", 12000)])
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5h", 1800)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "ten", "10", "5 m", "3d", "m5"])
+def test_what_is_not_a_duration_is_named(text: str) -> None:
+    with pytest.raises(UsageError, match="is not a duration"):
+        parse_duration(text)
+
+
+def test_learning_rates_and_warm_up_have_defaults_for_each_optimiser() -> None:
+    assert OptimConfig(name="adamw").peak_lr == 3e-3 and OptimConfig(name="kalma").peak_lr == 0.02
+    assert OptimConfig(name="adamw", lr=0.01, lr_scale=0.5).peak_lr == 0.005
+    assert OptimConfig(name="adamw").warmup_part > OptimConfig(name="kalma").warmup_part
