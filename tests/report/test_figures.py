@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.report.figures import loss_chart, ratio_chart, save_png
 from kalmagrove.report.results import Results
 
@@ -96,12 +97,22 @@ def test_names_with_markup_and_mathematics_are_text(make_results: Make) -> None:
     assert "<b>" not in chart
 
 
-def test_nothing_is_drawn_before_the_first_steps(make_results: Make) -> None:
+def test_nothing_is_drawn_before_the_first_steps(make_results: Make, tmp_path: Path) -> None:
     record = make_results(ours=(None,), llama=(None,))
     for model in record["models"]:
         model["runs"][0]["curve"] = {"tokens": [], "seconds": [], "loss": []}
         model["runs"][0]["valid_curve"] = {"tokens": [], "loss": []}
     assert loss_chart(Results.from_dict(record), "seconds") == ""
+    with pytest.raises(KalmaGroveError, match=r"a\.png cannot be drawn: the comparison has no training steps yet"):
+        save_png(Results.from_dict(record), tmp_path / "a.png")
+
+
+def test_a_run_of_a_second_has_ticks_that_differ(make_results: Make) -> None:
+    record = make_results()
+    for model in record["models"]:
+        curve = model["runs"][0]["curve"]
+        curve["seconds"] = [seconds / 10 for seconds in curve["seconds"]]
+    assert {"0", "0.25", "0.75"} <= set(texts(loss_chart(Results.from_dict(record), "seconds")))
 
 
 def test_the_picture_is_a_repeatable_png(results: Results, tmp_path: Path) -> None:

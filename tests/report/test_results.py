@@ -27,7 +27,8 @@ def test_a_missing_field_is_named_with_its_place(make_results: Make) -> None:
     with pytest.raises(KalmaGroveError) as caught:
         Results.from_dict(record, where="runs/demo/results.json")
     assert str(caught.value) == (
-        "runs/demo/results.json: field 'models', item 1: field 'runs', item 0: field 'curve': field 'seconds' is missing"
+        "runs/demo/results.json: field 'models', item 1: field 'runs', item 0: field 'curve': "
+        "field 'seconds' is missing"
     )
 
 

@@ -56,7 +56,7 @@ def test_a_small_change_of_one_seed_is_not_claimed(make_results: Make) -> None:
 def test_three_seeds_that_agree_are_claimed_with_their_interval(make_results: Make) -> None:
     found = judge(make_results(ours=(27.0, 27.2, 27.1), llama=(30.0, 30.1, 30.2)))
     assert found.sentence.startswith("ours reached a test perplexity 10 % lower than llama")
-    assert "(3 seeds: 95 % interval of the ratio 0.892 to 0.909; screening" in found.sentence
+    assert "(3 seeds: 95 % interval of the ratio 0.893 to 0.908; screening" in found.sentence
     assert "no interval" not in found.sentence
     assert found.tone == "better"
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.report.results import Model, Results, Run
 from kalmagrove.report.statistics import median_spread, ratio_interval
 from kalmagrove.report.table import format_count
@@ -55,7 +56,7 @@ class _Line:
 
 def loss_chart(results: Results, against: Against) -> str:
     """Training loss of every run against tokens or seconds, as inline SVG; empty before any training."""
-    if not any(len(run.curve.tokens) > 1 for model in results.models for run in model.runs):
+    if not _has_curves(results):
         return ""
     unit = "training tokens" if against == "tokens" else "seconds of training steps"
     with _plain_style(f"loss-{against}"):
@@ -81,8 +82,11 @@ def save_png(results: Results, path: Path) -> None:
     """Writes both loss charts side by side on white, for a README.
 
     Raises:
+        KalmaGroveError: No training is recorded yet.
         OSError: The file cannot be written.
     """
+    if not _has_curves(results):
+        raise KalmaGroveError(f"{path} cannot be drawn: the comparison has no training steps yet")
     width, height = CHART_SIZE
     with _plain_style("picture"):
         figure = _new_figure(2 * width, height + 24)
@@ -96,6 +100,10 @@ def save_png(results: Results, path: Path) -> None:
 def line_colour(results: Results, name: str) -> str:
     """The colour in which a model is drawn, as ``#rrggbb``."""
     return _lines(results)[name].colour
+
+
+def _has_curves(results: Results) -> bool:
+    return any(len(run.curve.tokens) > 1 for model in results.models for run in model.runs)
 
 
 def _lines(results: Results) -> dict[str, _Line]:
@@ -113,7 +121,7 @@ def _area(results: Results) -> tuple[float, float, float, float]:
     """Where the axes are, with room for the labels right of them."""
     width, height = CHART_SIZE
     longest = max(len(_short(model.name)) for model in results.models)
-    right = 22 + longest * FONT_SIZE * LETTER
+    right = 38 + longest * FONT_SIZE * LETTER
     return 34 / width, 42 / height, 1 - (34 + right) / width, 1 - ABOVE_AND_BELOW / height
 
 
@@ -166,10 +174,13 @@ def _label_ends(axes: Axes, ends: dict[str, tuple[float, float]], lines: dict[st
     for name, place in zip(names, _apart([ends[name][1] for name in names], gap, low, high), strict=True):
         line, (end, loss) = lines[name], ends[name]
         weight = "bold" if line.order == 4 else "normal"
-        joint = border + (border - axes.get_xlim()[0]) * 0.035
+        joint = border * 1.035
         path = axes.plot([end, border, joint], [loss, loss, place], color=line.colour, lw=0.8, ls=(0, (1, 1.5)))
-        path[0].set_clip_on(False)
-        axes.text(joint, place, f" {_short(name)}", color=ink, ha="left", va="center", weight=weight)
+        start = joint + border * 0.045
+        path += axes.plot([joint, start], [place, place], color=line.colour, lw=2.6, solid_capstyle="butt")
+        for part in path:
+            part.set_clip_on(False)
+        axes.text(start + border * 0.02, place, _short(name), color=ink, ha="left", va="center", weight=weight)
 
 
 def _apart(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -273,8 +284,10 @@ def _draw_ratios(axes: Axes, rows: Sequence[tuple[str, float, tuple[float, float
 
 def _round_count(value: float) -> str:
     """A tick's number without zeros after the point: ``2 M``."""
+    if value < 1000:
+        return f"{value:g}"
     number, _, unit = format_count(value).partition(" ")
-    return f"{float(number):g} {unit}".rstrip()
+    return f"{float(number):g} {unit}"
 
 
 def _frame(axes: Axes, ink: str, label: str) -> None:
@@ -332,6 +345,8 @@ def _svg(figure: Figure, prefix: str, title: str, description: str) -> str:
     text = re.sub(r'\sid="', f' id="{prefix}-', text)
     text = re.sub(r'(href="|url\()#', rf"\1#{prefix}-", text)
     text = text.replace(INK, "currentColor")
+    # Newer versions of matplotlib write the family by itself, older ones in the font shorthand.
+    text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
     text = re.sub(r"font: ((?:\w+ )*)([\d.]+px) [^;\"]*", _inherited_font, text)
     view = re.search(r'viewBox="[^"]*"', text)
     head = (

@@ -200,9 +200,11 @@ def _score_decimals(value: float) -> int:
 
 
 def _three_digits(value: float) -> str:
-    digits = max(0, 2 - math.floor(math.log10(value))) if value > 0 else 0
-    rounded = f"{value:.{min(digits, 3)}f}"
-    return rounded if len(rounded.replace(".", "")) <= 3 or digits == 0 or value < 1 else f"{value:.{digits - 1}f}"
+    if value == 0:
+        return "0"
+    # Rounded first, or 99.96 would get the decimals of a number below 100.
+    rounded = float(f"{value:.2e}")
+    return f"{rounded:.{min(3, max(0, 2 - math.floor(math.log10(rounded))))}f}"
 
 
 def _role(results: Results, model: Model) -> Literal["baseline", "candidate", ""]:
