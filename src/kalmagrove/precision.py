@@ -52,6 +52,14 @@ def choose_precision(name: Precision, device: torch.device) -> Literal["bf16", "
     return name
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> torch.autocast:
     """A context in which matrix products run in the given precision; parameters stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -4,6 +4,7 @@ import pytest
 
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.comparison.plan import planned_steps
+from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, parse_count, parse_duration
 
@@ -41,9 +42,9 @@ def test_every_side_gets_the_same_data_length_and_seed() -> None:
     assert ours.optim.lr_scale == theirs.optim.lr_scale == 2.0
 
 
-def test_without_a_budget_the_tokens_decide() -> None:
-    config = CompareConfig(loop=LoopConfig(tokens="8k", batch_size=4, context_length=100))
-    assert planned_steps(config, None, say=print) == 20  # type: ignore[arg-type]
+def test_without_a_budget_the_tokens_decide(packed: PackedText) -> None:
+    config = CompareConfig(size="tiny", loop=LoopConfig(tokens="8k", batch_size=4, context_length=100))
+    assert planned_steps(config, packed, say=print) == 20
 
 
 @pytest.mark.parametrize(("text", "count"), [("500k", 500_000), ("2.5m", 2_500_000), ("1b", 10**9), ("12_000", 12000)])

@@ -23,6 +23,7 @@ from kalmagrove.models.presets import SIZES, preset_names, split_preset
         ({"short_conv": 1}, "short_conv must be 0"),
         ({"bias": True, "projections": "grove"}, "bias is for dense projections"),
         ({"head_dim": 7}, "head_dim must be even"),
+        ({"projections": "grove", "sharing": "band", "group_size": 3}, "sharing = band cuts sizes 128, 344 into"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:

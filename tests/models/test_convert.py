@@ -87,6 +87,13 @@ def test_a_llama_with_grouped_queries_is_refused_by_name() -> None:
         from_stock(LlamaForCausalLM(config))
 
 
+def test_a_gpt2_with_other_attention_scales_is_refused_by_name() -> None:
+    config = GPT2Config(vocab_size=99, n_positions=40, n_embd=48, n_layer=1, n_head=4)
+    config.scale_attn_by_inverse_layer_idx = True
+    with pytest.raises(KalmaGroveError, match="scale_attn_by_inverse_layer_idx = True"):
+        from_stock(GPT2LMHeadModel(config))
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(KalmaGroveError, match=r"holds no config\.json"):
         load_model(tmp_path)

@@ -166,6 +166,38 @@ def test_adaptors_switch_the_whole_model_and_dense_models_have_none() -> None:
         variant("llama").add_adaptor("legal")
 
 
+def test_an_adaptor_is_saved_and_loaded_with_the_model(tmp_path: Path) -> None:
+    model, ids = variant("kalmagrove"), tokens(8)
+    model.add_adaptor("legal")
+    for name, parameter in model.named_parameters():
+        if "adaptors.legal" in name:
+            parameter.data.normal_()
+    model.set_adaptor("legal")
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = KalmaGroveForCausalLM.from_pretrained(tmp_path).eval()
+    loaded.set_adaptor("legal")
+    assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_hidden_states_and_tuples_as_transformers_gives_them() -> None:
+    model, ids = variant("llama"), tokens(8)
+    output = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == 4
+    assert torch.equal(output.hidden_states[-1] @ model.output_weight().T, output.logits)
+    assert torch.equal(model(ids, return_dict=False)[0], output.logits)
+
+
+@pytest.mark.parametrize("name", ["letter", "inner-block", "kalmagrove"])
+def test_initial_products_have_the_configured_scale(name: str) -> None:
+    options = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 2}
+    variant_options = {k: v for k, v in VARIANTS[name].items() if k not in ("preset", "rank")}
+    rank = {} if name == "kalmagrove" else {"rank": 48}
+    model = build_model(model_config("kalmagrove", options | variant_options | rank), seed=0)
+    std = model.model.layers[0].mlp.up_proj.merged_weight().std().item()
+    assert std == pytest.approx(0.02, rel=0.15)
+
+
 def test_the_seed_alone_decides_the_initial_weights_and_the_global_state_is_left_alone() -> None:
     config = model_config("kalmagrove", SIZES)
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
     second.close()
     assert losses == unbroken
     assert all(torch.equal(value, weights[name]) for name, value in second.run.model.state_dict().items())
-    steps = [record["step"] for record in second.folder.read_metrics()]
+    steps = [record["step"] for record in second.folder.read_metrics() if "loss" in record]
     assert steps == list(range(1, STEPS + 1))
 
 
@@ -83,7 +84,7 @@ def test_a_crash_between_checkpoints_goes_back_to_the_last_one_and_repeats_it(
     resumed = TrainingSession(config(), packed, tmp_path / "broken")
     assert resumed.resumed_from == 4
     assert finish(resumed) == unbroken[4:]
-    assert [record["loss"] for record in resumed.folder.read_metrics()] == unbroken
+    assert [record["loss"] for record in resumed.folder.read_metrics() if "loss" in record] == unbroken
     resumed.close()
 
 
@@ -140,6 +141,48 @@ def test_a_loss_that_is_not_a_number_stops_with_step_checkpoint_and_advice(packe
     with pytest.raises(TrainingDiverged, match=r"the loss is nan at step 4; lower optim\.lr .* checkpoint is step 2"):
         session.advance()
     session.close()
+
+
+def test_an_infinite_gradient_stops_before_the_step(packed: PackedText) -> None:
+    run = TrainingRun(config(optim="adamw"), packed)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    weight = run.model.model.layers[0].mlp.up_proj.core
+    weight.register_hook(lambda gradient: gradient.fill_(float("inf")))
+    with pytest.raises(TrainingDiverged, match="the norm of the gradient is inf at step 1"):
+        run.train_step()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+
+
+def test_an_evaluation_that_a_crash_interrupted_is_done_on_resume(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validation_loss = TrainingRun.validation_loss
+    session = TrainingSession(config(save_every=3), packed, tmp_path)
+    finish(session, 2)
+    monkeypatch.setattr(TrainingRun, "validation_loss", lambda self: (_ for _ in ()).throw(OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        session.advance()
+    session.close()
+    monkeypatch.setattr(TrainingRun, "validation_loss", validation_loss)
+    resumed = TrainingSession(config(save_every=3), packed, tmp_path)
+    resumed.close()
+    assert resumed.resumed_from == 3
+    records = resumed.folder.read_metrics()
+    assert [r["step"] for r in records if "loss" in r] == [1, 2, 3]
+    assert [r["step"] for r in records if "valid_loss" in r] == [3]
+
+
+def test_a_complete_folder_without_checkpoints_is_only_read(packed: PackedText, tmp_path: Path) -> None:
+    result = train(config(), packed, tmp_path, say=lambda line: None)
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train(config(), packed, tmp_path, say=lambda line: None) == result
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_ways_to_write_a_number_of_tokens_are_the_same_run(packed: PackedText, tmp_path: Path) -> None:
+    TrainingSession(config(tokens="960"), packed, tmp_path).close()
+    TrainingSession(config(tokens=960, log_every=2), packed, tmp_path).close()
 
 
 def test_train_writes_a_folder_that_transformers_opens(packed: PackedText, tmp_path: Path) -> None:
@@ -199,6 +242,8 @@ def test_too_little_text_says_how_much_is_needed(packed: PackedText) -> None:
         ({"tokens": "95"}, "less than one batch of 96 tokens"),
         ({"tokens": "many"}, "'many' is not a number of tokens"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
+        ({"eval_every": -5}, "eval_every must not be negative"),
     ],
 )
 def test_wrong_loop_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
 from kalmagrove.comparison.config import CompareConfig
 
@@ -21,14 +23,20 @@ EXAMPLES = """\
 The same command in the same folder goes on where it stopped."""
 
 
-def run(words: Sequence[str]) -> None:
-    """Compares models and writes the report."""
+def make_compare_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove compare``."""
     parser = make_parser(
         "compare", "Train several models on the same tokens and report which is better, and at what price.", EXAMPLES
     )
     parser.add_class_arguments(CompareConfig)
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the report")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Compares models and writes the report."""
+    parser = make_compare_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
     from kalmagrove.comparison.compare import compare

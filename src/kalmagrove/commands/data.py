@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
@@ -17,14 +19,20 @@ EXAMPLES = """\
   kalmagrove data prepare --data wikitext:wikitext-103-raw-v1 --tokenizer gpt2 --folder runs/data"""
 
 
+def make_data_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove data prepare``."""
+    parser = make_parser("data prepare", "Tokenise and pack a text into token files.", EXAMPLES)
+    parser.add_class_arguments(DataConfig)
+    parser.add_argument("--json", action="store_true", help="print the manifest's numbers as JSON")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
     """Tokenises and packs a text."""
     if not words or words[0] not in ("prepare", "-h", "--help"):
         given = f"got {words[0]!r}" if words else "got nothing"
         raise UsageError(f"kalmagrove data needs the word prepare, {given}; see kalmagrove data prepare --help")
-    parser = make_parser("data prepare", "Tokenise and pack a text into token files.", EXAMPLES)
-    parser.add_class_arguments(DataConfig)
-    parser.add_argument("--json", action="store_true", help="print the manifest's numbers as JSON")
+    parser = make_data_parser()
     options = build(parser, parse(parser, words[1:] if words[0] == "prepare" else words, SHORT))
     config = DataConfig(**{name: getattr(options, name) for name in DataConfig.__dataclass_fields__})
     data = open_data(config)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import make_parser, parse
 
 EXAMPLES = """\
@@ -12,8 +14,8 @@ EXAMPLES = """\
   kalmagrove eval path/to/a/hugging-face-folder --data texts/ --context_length 1024 --stride 512"""
 
 
-def run(words: Sequence[str]) -> None:
-    """Scores a model on a text."""
+def make_eval_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove eval``."""
     parser = make_parser(
         "eval",
         "Perplexity a token and a word, and bits per byte, of a run folder or any Hugging Face folder on a text.",
@@ -28,7 +30,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", type=str, default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
-    options = parse(parser, words)
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Scores a model on a text."""
+    options = parse(make_eval_parser(), words)
     from kalmagrove.evaluation.text import score_text
 
     scores = score_text(

@@ -6,6 +6,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import make_parser, parse
 
 EXAMPLES = """\
@@ -13,8 +15,8 @@ EXAMPLES = """\
   kalmagrove generate runs/book "def main" --temperature 0.7 --top_p 0.9 --seed 3"""
 
 
-def run(words: Sequence[str]) -> None:
-    """Writes text as it is generated."""
+def make_generate_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove generate``."""
     parser = make_parser("generate", "Text from a prompt, streamed.", EXAMPLES, configurable=False)
     parser.add_argument("model", type=str, help="a run folder, a model folder or a Hub name")
     parser.add_argument("prompt", type=str, help="the beginning of the text")
@@ -25,7 +27,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of tokens")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--json", action="store_true", help="print prompt and text as JSON at the end")
-    options = parse(parser, words)
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Writes text as it is generated."""
+    options = parse(make_generate_parser(), words)
     from kalmagrove.evaluation.generation import generate_text
 
     pieces = generate_text(

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import build, make_parser, parse
 from kalmagrove.training.config import ModelConfig
 
@@ -16,8 +18,8 @@ EXAMPLES = """\
   kalmagrove info --folder runs/book"""
 
 
-def run(words: Sequence[str]) -> None:
-    """Prints what a model costs."""
+def make_info_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove info``."""
     parser = make_parser("info", "Parameters, FLOPs a token and memory of a model, before it is trained.", EXAMPLES)
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_argument("--folder", type=str, default=None, help="a run or model folder in the place of a preset")
@@ -27,6 +29,12 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--optim", type=str, default="kalma", help="kalma, muon or adamw: for the training memory")
     parser.add_argument("--precision", type=str, default="bf16", help="bf16 or fp32: for the training memory")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Prints what a model costs."""
+    parser = make_info_parser()
     options = build(parser, parse(parser, words, SHORT))
     facts = describe(options)
     if options.json:
@@ -50,9 +58,16 @@ def describe(options: Any) -> dict[str, Any]:
 
     if options.optim not in ("kalma", "muon", "adamw"):
         raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
+    for name in ("batch_size", "vocab_size", "context_length"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
     if options.precision not in ("bf16", "fp32"):
         raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
     if options.folder is not None:
+        if options.vocab_size or options.context_length or options.model.overrides():
+            raise UsageError(
+                "--folder is a model as it is; give --vocab_size, --context_length or --model.* with a preset"
+            )
         config, name = load_config(options.folder), options.folder
     else:
         sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-import time
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
+from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
@@ -72,26 +72,15 @@ def open_data(config: DataConfig) -> PackedText:
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )
-    return prepare(
-        config.source,
-        folder,
-        vocab_size=config.vocab_size,
-        tokenizer=config.tokenizer,
-        seed=config.seed,
-        progress=_DataProgress(),
-    )
-
-
-class _DataProgress:
-    """Says every few seconds how far the preparation of a text is."""
-
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def __call__(self, stage: str, count: int) -> None:
-        if time.monotonic() - self.last > 2:
-            self.last = time.monotonic()
-            say(f"{stage}: {count:,}")
+    with DataProgress() as progress:
+        return prepare(
+            config.source,
+            folder,
+            vocab_size=config.vocab_size,
+            tokenizer=config.tokenizer,
+            seed=config.seed,
+            progress=progress,
+        )
 
 
 def _expand(word: str, short: Mapping[str, str]) -> str:

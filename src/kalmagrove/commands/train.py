@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
 from kalmagrove.training.config import TrainConfig
 
@@ -21,12 +23,18 @@ EXAMPLES = """\
 The same command in the same folder goes on where it stopped."""
 
 
-def run(words: Sequence[str]) -> None:
-    """Trains one model into a run folder."""
+def make_train_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove train``."""
     parser = make_parser("train", "Train one model, or go on with a run that stopped.", EXAMPLES)
     parser.add_class_arguments(TrainConfig)
     parser.add_argument("--out", type=str, required=True, help="the run folder")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Trains one model into a run folder."""
+    parser = make_train_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = TrainConfig(data=options.data, model=options.model, optim=options.optim, loop=options.loop)
     from kalmagrove.training.trainer import train

@@ -14,7 +14,7 @@ from kalmagrove.models.build import model_config
 from kalmagrove.training.run_folder import RunFolder
 
 TIMING_WARMUP = 10
-MOST_RATIOS = 500
+BLOCK = 10
 MOST_POINTS = 200
 
 
@@ -55,7 +55,7 @@ def collect_results(
         "command": command,
         "created": created,
         "data": {
-            "source": data.source,
+            "source": data.source or "the standard library of the running Python (built-in corpus)",
             "fingerprint": data.fingerprint,
             "vocab_size": data.vocab_size,
             "tokenizer_fingerprint": data.tokenizer_fingerprint,
@@ -99,7 +99,11 @@ def _model(
     decoder = model_config(contestant.preset, options)
     parameters = count_parameters(build_empty(decoder))
     runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
-    seconds = [s for seed in config.seed_list() for s in _step_seconds(folder, contestant, scale, seed).values()]
+    seconds = [
+        block / size
+        for seed in config.seed_list()
+        for size, block in _blocks(_step_seconds(folder, contestant, scale, seed)).values()
+    ]
     precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
     return {
         "name": contestant.name,
@@ -128,7 +132,7 @@ def _run(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[
     run = RunFolder(path)
     result = run.read_result() if path.is_dir() else None
     metrics = run.read_metrics() if path.is_dir() else []
-    curve = _thin([m for m in _smooth(metrics) if m["loss"] is not None])
+    curve = _thin(_smooth(metrics))
     valid = [m for m in metrics if m.get("valid_loss") is not None]
     return {
         "seed": seed,
@@ -147,7 +151,7 @@ def _smooth(metrics: list[dict[str, Any]], memory: float = 0.9) -> list[dict[str
     """The loss as an exponential moving average that starts unbiased, so that curves can be told apart."""
     average, weight, smoothed = 0.0, 0.0, []
     for record in metrics:
-        if record["loss"] is None:
+        if record.get("loss") is None:
             continue
         average = memory * average + (1 - memory) * record["loss"]
         weight = memory * weight + (1 - memory)
@@ -163,21 +167,35 @@ def _thin(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _step_seconds(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[int, float]:
     path = run_path(folder, contestant, scale, seed)
     metrics = RunFolder(path).read_metrics() if path.is_dir() else []
-    return {m["step"]: m["step_seconds"] for m in metrics if m["step"] > TIMING_WARMUP}
+    return {m["step"]: m["step_seconds"] for m in metrics if "step_seconds" in m and m["step"] > TIMING_WARMUP}
+
+
+def _blocks(seconds: dict[int, float]) -> dict[int, tuple[int, float]]:
+    """Number and total time of the steps of each whole block of ten; of a shorter one where there is no other.
+
+    Some optimisers do more work every tenth step, which a median over single steps would not see.
+    """
+    blocks: dict[int, list[float]] = {}
+    for step in sorted(seconds):
+        blocks.setdefault((step - 1) // BLOCK, []).append(seconds[step])
+    whole = {index: block for index, block in blocks.items() if len(block) == BLOCK} or blocks
+    return {index: (len(block), sum(block)) for index, block in whole.items()}
 
 
 def _ratios(
     config: CompareConfig, folder: Path, contestant: Contestant, baseline: str, plan: dict[str, Any]
 ) -> list[float]:
-    """Step time over the baseline's for the same step of the same seed, which ran right beside it."""
+    """Time of ten steps over the baseline's for the same steps of the same seed, which ran right beside them."""
     other = next(c for c in config.contestants() if c.name == baseline)
     ratios: list[float] = []
     for seed in config.seed_list():
         own, theirs = (
             _step_seconds(folder, c, float(plan.get("scales", {}).get(c.name, 1.0)), seed) for c in (contestant, other)
         )
-        ratios += [own[step] / theirs[step] for step in sorted(own.keys() & theirs.keys())]
-    return ratios[:: max(1, -(-len(ratios) // MOST_RATIOS))]
+        common = own.keys() & theirs.keys()
+        ours, reference = (_blocks({step: times[step] for step in common}) for times in (own, theirs))
+        ratios += [ours[index][1] / reference[index][1] for index in sorted(ours)]
+    return ratios
 
 
 def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:

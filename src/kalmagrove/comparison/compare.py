@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from kalmagrove.data.packing import PackedText
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
+from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged
 from kalmagrove.training.run_folder import open_run_folder
@@ -46,11 +47,13 @@ def compare(config: CompareConfig, data: PackedText, folder: Path, *, command: s
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: The folder belongs to another comparison.
     """
-    with open_run_folder(folder, asdict(config)) as root:
+    # Options that do not fit are found before the folder is claimed.
+    steps = _Plan(folder / "plan.json").values.get("steps") or planned_steps(config, data, say=say)
+    with open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS) as root:
         plan = _Plan(root.path / "plan.json")
         if "steps" not in plan.values:
-            plan.update(steps=planned_steps(config, data, say=say), created=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
-        write_json_atomic(root.environment_path, describe_environment())
+            plan.update(steps=steps, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), environment=describe_environment())
+            write_json_atomic(root.environment_path, plan.values["environment"])
         _tune(config, data, folder, plan, say)
         for seed in config.seed_list():
             _final_runs(config, data, folder, plan, seed, say)
@@ -86,13 +89,13 @@ def _tune(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, sa
                     lost = session.run.done is False
                     loss = None if lost else evaluate_run(session.run, ("valid",))["valid"]["loss"]
                     losses[name].append({"lr_scale": scale, "valid_loss": loss})
-    best = {
-        name: min(tried, key=lambda t: float("inf") if t["valid_loss"] is None else t["valid_loss"])["lr_scale"]
-        if tried
-        else 1.0
-        for name, tried in losses.items()
-    }
+    best = {name: min(tried, key=_rank_of_trial)["lr_scale"] if tried else 1.0 for name, tried in losses.items()}
     plan.update(trials=losses, scales=best)
+
+
+def _rank_of_trial(trial: dict[str, Any]) -> float:
+    loss = trial["valid_loss"]
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _final_runs(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, seed: int, say: Say) -> None:
@@ -151,8 +154,9 @@ def _train_together(sessions: dict[str, TrainingSession], description: str) -> N
     if not active:
         return
     total = sum(session.run.total_steps for session in sessions.values())
-    start = sum(session.run.step for session in sessions.values())
+    start = sum(session.steps_done for session in sessions.values())
     with StopRequest() as stop, ProgressBar(total, description=description, start_step=start) as progress:
+        done = start
         while active:
             # The run that is behind goes first; in step, they alternate.
             session = min(active, key=lambda s: s.run.step)
@@ -164,16 +168,18 @@ def _train_together(sessions: dict[str, TrainingSession], description: str) -> N
             if session.run.done:
                 active.remove(session)
             speed = session.run.config.loop.tokens_per_step / result.seconds
-            progress.update(sum(s.run.step for s in sessions.values()), result.loss, speed)
+            done += 1
+            progress.update(done, result.loss, speed)
             if stop.number is not None:
                 for other in sessions.values():
-                    if other.run.step != other.saved_step:
+                    if not other.finished and other.run.step != other.saved_step:
                         other.save()
                 raise Interrupted(stop.number, "stopped and saved every run; the same command goes on from there")
 
 
 def _measure_memory(config: CompareConfig, data: PackedText, plan: _Plan, say: Say) -> None:
-    if "memory" in plan.values:
+    known = {name for name, size in plan.values.get("memory", {}).items() if size is not None}
+    if known == {contestant.name for contestant in config.contestants()}:
         return
     say("measuring peak memory, each model in a process of its own")
     seed, steps = config.seed_list()[0], int(plan.values["steps"])
@@ -193,7 +199,7 @@ def _write(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, c
         plan=plan.values,
         command=command,
         created=plan.values["created"],
-        environment=describe_environment(),
+        environment=plan.values["environment"],
     )
     write_json_atomic(folder / "results.json", results)
     write_report(Results.from_dict(results), folder)

@@ -120,9 +120,10 @@ class CompareConfig:
             UsageError: One is not a whole number, or comes twice.
         """
         items = _items(self.seeds)
-        if not items or not all(item.isdigit() for item in items) or len(set(items)) < len(items):
+        seeds = [int(item) for item in items if item.isdecimal()]
+        if not seeds or len(seeds) < len(items) or len(set(seeds)) < len(seeds):
             raise UsageError(f"seeds must be different whole numbers divided by commas, got {self.seeds!r}")
-        return [int(item) for item in items]
+        return seeds
 
     def scales(self) -> list[float]:
         """Factors on the learning rates that are tried: powers of two around one."""
@@ -136,7 +137,8 @@ class CompareConfig:
             optim=OptimConfig(
                 name=contestant.optim, lr_scale=scale, weight_decay=self.weight_decay, warmup=self.warmup
             ),
-            loop=replace(self.loop, seed=seed, tokens=str(steps * self.loop.tokens_per_step)),
+            # Paired times need every step.
+            loop=replace(self.loop, seed=seed, tokens=steps * self.loop.tokens_per_step, log_every=1),
         )
 
 

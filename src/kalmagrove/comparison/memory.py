@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -27,10 +28,16 @@ def measure_training_memory(config: TrainConfig, data_folder: Path) -> int | Non
     answers: Any = context.Queue()
     process = context.Process(target=_measure, args=(config, data_folder, answers))
     process.start()
-    try:
-        answer: int | None = answers.get(timeout=TIMEOUT)
-    except Empty:
-        answer = None
+    answer: int | None = None
+    deadline = time.monotonic() + TIMEOUT
+    # A process that was killed for its memory never answers.
+    while answer is None and time.monotonic() < deadline:
+        alive = process.is_alive()
+        try:
+            answer = answers.get(timeout=0.2)
+        except Empty:
+            if not alive:
+                break
     process.join(timeout=5)
     if process.is_alive():
         process.kill()
@@ -43,15 +50,11 @@ def _measure(config: TrainConfig, data_folder: Path, answers: Any) -> None:
     from kalmagrove.training.environment import peak_memory_bytes, reset_peak_memory
     from kalmagrove.training.run import TrainingRun
 
-    try:
-        data = open_packed(data_folder, verify=False)
-        device = choose_device(config.loop.device)
-        reset_peak_memory(device)
-        before = peak_memory_bytes(device)
-        run = TrainingRun(config, data)
-        for _ in range(STEPS):
-            run.train_step()
-        answers.put(max(0, peak_memory_bytes(device) - before))
-    except Exception:
-        answers.put(None)
-        raise
+    data = open_packed(data_folder, verify=False)
+    device = choose_device(config.loop.device)
+    reset_peak_memory(device)
+    before = peak_memory_bytes(device)
+    run = TrainingRun(config, data)
+    for _ in range(STEPS):
+        run.train_step()
+    answers.put(max(0, peak_memory_bytes(device) - before))

@@ -12,7 +12,7 @@ from kalmagrove.training.config import parse_duration
 from kalmagrove.training.run import TrainingRun
 
 WARMUP_STEPS = 3
-MEASURED_STEPS = 6
+MEASURED_STEPS = 10  # One of Kalma's refreshes falls into any ten steps.
 TRAINING_PART = 0.8
 """Part of a budget that goes into training steps; the rest is for evaluations, saving and the report."""
 
@@ -21,10 +21,13 @@ def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str
     """Steps of each run: those of ``loop.tokens``, or those that the budget is enough for.
 
     Raises:
-        UsageError: The budget is not enough for ten steps.
+        UsageError: The budget is not enough for ten steps, or an option does not fit a model or the data.
     """
     if config.budget is None:
-        return config.loop.total_steps
+        steps = config.loop.total_steps
+        for contestant in config.contestants():
+            TrainingRun(config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=steps), data)
+        return steps
     seconds = seconds_per_round(config, data)
     rounds = config.trials + len(config.seed_list()) - 1
     steps = int(parse_duration(config.budget) * TRAINING_PART / seconds / rounds)
@@ -36,7 +39,7 @@ def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str
 
 
 def seconds_per_round(config: CompareConfig, data: PackedText) -> float:
-    """Median time of one step of every model, one after the other."""
+    """Mean time of one step of every model, one after the other."""
     seed = config.seed_list()[0]
     steps = WARMUP_STEPS + MEASURED_STEPS
     runs = [
@@ -44,4 +47,4 @@ def seconds_per_round(config: CompareConfig, data: PackedText) -> float:
         for contestant in config.contestants()
     ]
     rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]
-    return statistics.median(rounds[WARMUP_STEPS:])
+    return statistics.fmean(rounds[WARMUP_STEPS:])

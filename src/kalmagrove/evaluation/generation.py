@@ -63,6 +63,10 @@ def generate_text(
         UsageError: An option is out of its range, or the prompt is longer than the context.
         KalmaGroveError: The model cannot be read.
     """
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed must be between 0 and 2**63, got {seed}")
+    if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+        raise UsageError("the prompt is not valid UTF-8")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise UsageError("need --temperature >= 0, --top_k >= 0, 0 < --top_p <= 1 and --max_new_tokens >= 1")
     try:

@@ -21,7 +21,7 @@ def model_config(preset: str, overrides: dict[str, Any] | None = None, **special
     options = preset_options(preset, overrides)
     try:
         return KalmaGroveConfig(**options, **special_tokens)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(f"model: {error}") from error
 
 

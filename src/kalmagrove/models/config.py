@@ -51,6 +51,7 @@ class KalmaGroveConfig(PretrainedConfig):
         embedding_residual: Mix the token embedding into the input of every layer.
         initializer_range: Standard deviation of initial weights.
         tie_word_embeddings: Whether the output head is the token embedding.
+        adaptors: Names of the task cores that the model has.
 
     Raises:
         ValueError: A choice is unknown or sizes do not fit together.
@@ -88,6 +89,7 @@ class KalmaGroveConfig(PretrainedConfig):
         embedding_residual: bool = False,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
+        adaptors: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -117,6 +119,7 @@ class KalmaGroveConfig(PretrainedConfig):
         self.value_residual = value_residual
         self.embedding_residual = embedding_residual
         self.initializer_range = initializer_range
+        self.adaptors = list(adaptors or [])
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self._check()
@@ -151,6 +154,13 @@ class KalmaGroveConfig(PretrainedConfig):
                 raise ValueError(
                     f"rank {self.rank} must be between 1 and {width}, the smallest side of a projection; leave rank "
                     "out for full rank"
+                )
+        if self.projections == "grove" and self.sharing == "band" and self.shared_sides != "both":
+            pieces = [self.rank] if self.rank is not None else [self.attention_width, self.intermediate_size]
+            if any(size % self.group_size for size in pieces):
+                raise ValueError(
+                    f"sharing = band cuts sizes {', '.join(map(str, pieces))} into group_size {self.group_size} "
+                    "pieces; choose sizes that it divides, or sharing: group"
                 )
         if self.short_conv < 0 or self.short_conv == 1:
             raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")

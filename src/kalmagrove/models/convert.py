@@ -240,6 +240,9 @@ def _gpt2_config(config: KalmaGroveConfig) -> GPT2Config:
 
 
 def _from_gpt2(source: Any) -> KalmaGroveConfig:
+    for name, plain in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False)):
+        if getattr(source, name) is not plain:
+            raise KalmaGroveError(f"this GPT-2 has {name} = {getattr(source, name)}; only {plain} can be converted")
     if source.activation_function not in ("gelu_new", "gelu_pytorch_tanh"):
         raise KalmaGroveError(f"this GPT-2 has activation {source.activation_function}; only gelu_new can be converted")
     return KalmaGroveConfig(

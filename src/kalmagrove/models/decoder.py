@@ -72,13 +72,17 @@ class KalmaGrovePreTrainedModel(PreTrainedModel):
 
     config_class = KalmaGroveConfig
     base_model_prefix = "model"
+    # The loss is a mean over the batch that is given: Trainer divides by accumulation steps itself.
+    accepts_loss_kwargs = False
     _no_split_modules = ("DecoderLayer",)
     _supports_sdpa = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear | nn.Embedding | Basis):
+        if isinstance(module, Basis):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -123,9 +127,13 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         input_ids: Tensor | None = None,
         cache: DecodingCache | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool = False,
         **_: Any,
     ) -> BaseModelOutput:
-        """Hidden states (batch, sequence, hidden) of ``input_ids`` (batch, sequence)."""
+        """Hidden states (batch, sequence, hidden) of ``input_ids`` (batch, sequence).
+
+        With ``output_hidden_states`` also the embedding's and each layer's output, the last one normed.
+        """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         offset = 0 if cache is None else cache.length
         length = x.shape[1]
@@ -138,13 +146,17 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         if self.config.positions == "learned":
             x = x + self.embed_positions(torch.arange(offset, offset + length, device=x.device))
         embedded, first_values = x, None
+        states = [x]
         for index, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[index]
             x, values = layer(x, embedded, first_values, state, offset)
             first_values = values if first_values is None else first_values
+            states.append(x)
         if cache is not None:
             cache.length += length
-        return BaseModelOutput(last_hidden_state=self.norm(x))
+        normed = self.norm(x)
+        hidden_states = (*states[:-1], normed) if output_hidden_states else None
+        return BaseModelOutput(last_hidden_state=normed, hidden_states=hidden_states)
 
 
 class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
@@ -159,6 +171,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         )
         self.post_init()
         self._scale_outputs()
+        for name in config.adaptors:
+            self._add_adaptor(name)
 
     @torch.no_grad()
     def _scale_outputs(self) -> None:
@@ -183,8 +197,10 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
         **_: Any,
-    ) -> CausalLMOutput:
+    ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits (batch, sequence, vocabulary), and the mean loss in nats where ``labels`` are given.
 
         Args:
@@ -196,6 +212,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             labels: (batch, sequence) as in transformers: the loss compares position t with label t + 1; -100 is
                 left out.
             logits_to_keep: Only the last so many positions get logits; 0 is all.
+            output_hidden_states: Whether to give the hidden states of every layer too.
+            return_dict: Whether to give named outputs, else a tuple.
 
         Raises:
             ValueError: The mask has zeros, or the text is longer than the context.
@@ -203,12 +221,16 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError("padded batches are not supported: give sequences of equal length, without padding")
         cache = cache if cache is not None else past_key_values
-        hidden = self.model(input_ids, cache=cache, inputs_embeds=inputs_embeds).last_hidden_state
+        outputs = self.model(
+            input_ids, cache=cache, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
+        )
+        hidden = outputs.last_hidden_state
         logits = F.linear(hidden[:, -logits_to_keep:], self.output_weight())
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        result = CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return result if return_dict else result.to_tuple()
 
     def token_loss_sum(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Sum of the nats of ``targets`` (batch, sequence) given ``input_ids`` (batch, sequence).
@@ -239,7 +261,11 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             model_kwargs[CACHE_NAME] = self.new_cache()
 
     def add_adaptor(self, name: str) -> None:
-        """Adds a task core of a name to every Grove layer."""
+        """Adds a task core of a name to every Grove layer; it is saved and loaded with the model."""
+        self._add_adaptor(name)
+        self.config.adaptors = [*self.config.adaptors, name]
+
+    def _add_adaptor(self, name: str) -> None:
         for layer in self._grove_layers():
             layer.add_adaptor(name)
 

@@ -30,7 +30,12 @@ class Basis(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(rows, columns))
         self.std = std
-        nn.init.normal_(self.weight, std=std)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the matrix anew."""
+        nn.init.normal_(self.weight, std=self.std)
 
 
 class GroveLinear(nn.Module):
@@ -170,6 +175,11 @@ class GroveLinear(nn.Module):
         if right is not None:
             x = F.linear(x, right)
         return x if left is None else F.linear(x, left)
+
+    def multiplied_matrices(self) -> list[nn.Parameter]:
+        """The matrices that :meth:`weight_inputs` may name, shared ones included."""
+        owned = [parameter for parameter in self.parameters() if parameter.ndim == 2]
+        return owned + [basis.weight for basis in (*self._left, *self._right)]
 
     def weight_inputs(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each matrix with the input that it multiplies, for optimisers that use activation statistics.

@@ -71,8 +71,9 @@ def inverse_square_root(covariance: Tensor, damping: float) -> Tensor:
 class ActivationStatistics:
     """Collects ``sum of h h^T`` for the weight matrices of a model while it is trained.
 
-    Linear layers are known; any other module may offer ``weight_inputs(x)`` that yields
-    ``(parameter, input)`` pairs, as Grove's layers do. A matrix that several layers use gets the sum of all.
+    Linear layers are known; any other module may offer ``weight_inputs(x)`` that yields ``(parameter, input)`` pairs,
+    and ``multiplied_matrices()`` that lists the parameters, as Grove's layers do. A matrix that several layers use gets
+    the sum of all.
     Nothing is collected unless :attr:`active`, gradients are on and the module is in training mode.
     """
 
@@ -94,7 +95,7 @@ class ActivationStatistics:
         for module in model.modules():
             if isinstance(module, nn.Linear) or hasattr(module, "weight_inputs"):
                 self._handles.append(module.register_forward_pre_hook(self._observe))
-                watched |= {id(p) for p in module.parameters()} & self._wanted
+                watched |= {id(p) for p in _multiplied_matrices(module)} & self._wanted
         return len(watched)
 
     def detach(self) -> None:
@@ -132,6 +133,13 @@ class ActivationStatistics:
         self._sums, self._counts = {}, {}
         self._source = self._source_rows = self._gram_rows = self._gram = None
         return means
+
+
+def _multiplied_matrices(module: nn.Module) -> Iterable[Tensor]:
+    if isinstance(module, nn.Linear):
+        return [module.weight]
+    multiplied_matrices: Callable[[], Iterable[Tensor]] = getattr(module, "multiplied_matrices")  # noqa: B009
+    return multiplied_matrices()
 
 
 def _weight_inputs(module: nn.Module, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:

@@ -3,7 +3,7 @@
 For a layer y = W h the filter's gain is K = P H^T (H P H^T + R)^-1, with H the layer's input. Over a batch this is
 the gradient multiplied by P on the input side, and by the inverse of the innovation's covariance on the other:
 
-    M   = moving average of the gradient G                      (the innovation z - H theta, filtered)
+    M   = moving average of the gradient G, with look-ahead     (the innovation z - H theta, filtered)
     C   = moving average of h h^T                               (the information H^T H that a step brings)
     P   = (C + damping * mean(diag C) I)^-1                     (covariance of the estimate)
     U   = orthogonal polar factor of M P                        (the innovation whitened by its own covariance)
@@ -64,10 +64,9 @@ class Kalma(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        _check_range("lr", lr, 0.0, float("inf"))
-        _check_range("weight_decay", weight_decay, 0.0, float("inf"))
         _check_range("momentum", momentum, 0.0, 1.0)
-        _check_range("damping", damping, 0.0, float("inf"))
+        if not 0 < damping < float("inf"):
+            raise ValueError(f"damping must be positive, got {damping}")
         _check_range("curvature_decay", curvature_decay, 0.0, 1.0)
         for beta in betas:
             _check_range("betas", beta, 0.0, 1.0)
@@ -92,8 +91,16 @@ class Kalma(torch.optim.Optimizer):
         """Adds a group; its parameters must fit its method."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        _check_range("lr", group["lr"], 0.0, float("inf"))
+        _check_range("weight_decay", group["weight_decay"], 0.0, float("inf"))
         if group["method"] is None:
-            group["method"] = "kalma" if all(p.ndim == 2 for p in group["params"]) else "adamw"
+            matrices = {p.ndim == 2 for p in group["params"]}
+            if len(matrices) > 1:
+                raise ValueError(
+                    "a group of matrices and vectors needs to be divided: use kalma_groups(model), or give each "
+                    "group a method"
+                )
+            group["method"] = "kalma" if matrices != {False} else "adamw"
         if group["method"] not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {group['method']!r}")
         for parameter in group["params"]:
@@ -115,6 +122,12 @@ class Kalma(torch.optim.Optimizer):
         # P is refreshed with the first step, and then with every refresh_every-th.
         self._statistics.active = self._refreshes_next()
         return self._statistics.attach(model)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy watches no model until it is attached."""
+        super().__setstate__(state)
+        # load_state_dict comes through here too, and must not end the watch.
+        self.__dict__.setdefault("_statistics", None)
 
     def detach(self) -> None:
         """Stops watching; P then comes from gradients."""
@@ -326,5 +339,5 @@ def _float_zeros(parameter: Tensor) -> Tensor:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high and not (value == low):
+    if not low <= value < high:
         raise ValueError(f"{name} must be in [{low}, {high}), got {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from kalmagrove.errors import UsageError
@@ -107,6 +107,16 @@ class ModelConfig:
         return {name: value for name, value in given.items() if value is not None}
 
 
+_RANGES = (
+    ("auxiliary_lr", 0.0, 10.0),
+    ("weight_decay", 0.0, 10.0),
+    ("momentum", 0.0, 1.0),
+    ("beta1", 0.0, 1.0),
+    ("beta2", 0.0, 1.0),
+    ("refresh_every", 1, 1_000_000),
+)
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and its schedule.
@@ -143,6 +153,11 @@ class OptimConfig:
     grad_clip: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            if not low <= getattr(self, name) < high:
+                raise UsageError(f"optim.{name} must be at least {low} and below {high}, got {getattr(self, name)}")
+        if self.damping <= 0:
+            raise UsageError(f"optim.damping must be positive, got {self.damping}")
         if self.lr is not None and not 0 < self.lr < 10:
             raise UsageError(f"optim.lr must be between 0 and 10, got {self.lr}")
         if self.warmup is not None and not 0 <= self.warmup < 1:
@@ -182,7 +197,7 @@ class LoopConfig:
         keep_last: Checkpoints that are kept.
     """
 
-    tokens: str = "2m"
+    tokens: int | str = "2m"
     batch_size: int = 16
     context_length: int = 256
     micro_batch_size: int | None = None
@@ -198,6 +213,11 @@ class LoopConfig:
         for name in ("batch_size", "context_length", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UsageError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "eval_every"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"loop.{name} must not be negative, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise UsageError(f"loop.seed must be below 2**63, got {self.seed}")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise UsageError(
                 f"loop.micro_batch_size {self.micro_batch_size} does not divide loop.batch_size {self.batch_size}"
@@ -219,6 +239,10 @@ class LoopConfig:
         return parse_count(self.tokens) // self.tokens_per_step
 
 
+NEUTRAL_OPTIONS = frozenset({"loop.log_every", "loop.save_every", "loop.keep_last", "data.folder"})
+"""Options that change nothing about what is computed, so that a run may go on with others."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Everything that a training run depends on."""
@@ -227,6 +251,13 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+def plain_options(config: Any) -> dict[str, Any]:
+    """A configuration as nested dictionaries, with numbers of tokens written out: 2m and 2000000 are the same."""
+    options = asdict(config)
+    options["loop"]["tokens"] = parse_count(options["loop"]["tokens"])
+    return options
 
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}

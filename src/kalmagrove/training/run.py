@@ -16,7 +16,7 @@ from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.optim.build import build_optimizers, scale_learning_rates
 from kalmagrove.optim.schedules import learning_rate_factor
-from kalmagrove.precision import autocast, choose_device, choose_precision
+from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
 from kalmagrove.training.checkpoint import Checkpoint
 from kalmagrove.training.config import TrainConfig
 
@@ -72,7 +72,10 @@ class TrainingRun:
         token = data.end_of_text_id
         self.model_config = model_config(config.model.preset, overrides, bos_token_id=token, eos_token_id=token)
         self.tokens = data.tokens("train")
-        self.model = build_model(self.model_config, loop.seed).to(self.device).train()
+        try:
+            self.model = build_model(self.model_config, loop.seed).to(self.device).train()
+        except ValueError as error:
+            raise UsageError(f"model: {error}") from error
         self.optimizers = build_optimizers(
             optim.name,
             self.model,
@@ -114,9 +117,10 @@ class TrainingRun:
         """One optimiser step.
 
         Raises:
-            TrainingDiverged: The loss is not finite; the parameters are as before the step.
+            TrainingDiverged: The loss or the gradient is not finite; the parameters are as before the step.
         """
         loop, optim = self.config.loop, self.config.optim
+        synchronize(self.device)
         started = time.perf_counter()
         factor = learning_rate_factor(
             optim.schedule, self.step, self.total_steps, round(optim.warmup_part * self.total_steps)
@@ -126,16 +130,18 @@ class TrainingRun:
         loss = self._accumulate(tokens, loop.micro_batch_size or loop.batch_size)
         limit = optim.grad_clip if optim.grad_clip > 0 else math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            self.model.zero_grad(set_to_none=True)
+            what = f"the norm of the gradient is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise TrainingDiverged(
-                f"the loss is {loss} at step {self.step + 1}; lower optim.lr or optim.lr_scale, or use loop.precision "
-                "fp32"
+                f"{what} at step {self.step + 1}; lower optim.lr or optim.lr_scale, or use loop.precision fp32"
             )
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         lr = self.optimizers[0].param_groups[0]["lr"]
+        synchronize(self.device)
         return StepResult(loss, grad_norm, lr, time.perf_counter() - started)
 
     def _accumulate(self, tokens: torch.Tensor, micro_batch_size: int) -> float:

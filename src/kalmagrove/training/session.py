@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ from kalmagrove.data.tokenizer import save_tokenizer
 from kalmagrove.files import write_json_atomic
 from kalmagrove.models.convert import save_model
 from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
-from kalmagrove.training.config import TrainConfig
+from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
 from kalmagrove.training.run import StepResult, TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.tracking import MetricsWriter
 
 EVALUATIONS = 10
-NEUTRAL_OPTIONS = frozenset({"loop.log_every", "loop.save_every", "loop.keep_last", "data.folder"})
-"""Options that change nothing about what is computed, so that a run may go on with others."""
 
 
 class TrainingSession:
@@ -39,31 +36,46 @@ class TrainingSession:
     ) -> None:
         # Wrong options are found before anything is written.
         self.run = TrainingRun(config, data)
-        self.folder: RunFolder = open_run_folder(folder, asdict(config), allow_changed=NEUTRAL_OPTIONS)
+        self.folder: RunFolder = open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
+        self.seconds, self.saved_step = 0.0, -1
         try:
-            self.seconds = 0.0
-            checkpoint, damaged = latest_checkpoint(self.folder.checkpoints_path)
-            for line in damaged:
-                warn(line)
-            if checkpoint is not None:
-                self.run.restore(checkpoint)
-                self.seconds = float(checkpoint.progress["seconds"])
+            # A complete folder is only read.
+            if not self.finished:
+                self._resume(warn)
             self.resumed_from = self.run.step
-            self.folder.truncate_metrics(self.run.step)
-            self.metrics = MetricsWriter(self.folder.metrics_path)
-            write_json_atomic(self.folder.environment_path, describe_environment())
         except BaseException:
             self.folder.release()
             raise
-        self.saved_step = self.run.step if checkpoint is not None else -1
+
+    def _resume(self, warn: Callable[[str], None]) -> None:
+        checkpoint, damaged = latest_checkpoint(self.folder.checkpoints_path)
+        for line in damaged:
+            warn(line)
+        if checkpoint is not None:
+            self.run.restore(checkpoint)
+            self.seconds = float(checkpoint.progress["seconds"])
+            self.saved_step = self.run.step
+        self.folder.truncate_metrics(self.run.step)
+        self.metrics = MetricsWriter(self.folder.metrics_path)
+        if not self.folder.environment_path.exists():
+            write_json_atomic(self.folder.environment_path, describe_environment())
+        # The evaluation of this step may have been what the run died in.
+        evaluated = {record["step"] for record in self.folder.read_metrics() if "valid_loss" in record}
+        if self.run.step > 0 and self._evaluation_due() and self.run.step not in evaluated:
+            self._evaluate()
 
     @property
     def finished(self) -> bool:
         """Whether the result is written."""
         return self.folder.read_result() is not None
 
+    @property
+    def steps_done(self) -> int:
+        """Steps that need not be done any more."""
+        return self.run.total_steps if self.finished else self.run.step
+
     def advance(self) -> StepResult:
-        """One step, its line in the metrics, and a checkpoint or an evaluation where one is due.
+        """One step, its line in the metrics, then a checkpoint and an evaluation where they are due.
 
         Raises:
             TrainingDiverged: The loss is not finite; the message names the last good checkpoint.
@@ -74,30 +86,43 @@ class TrainingSession:
             kept = f"the last good checkpoint is step {self.saved_step}" if self.saved_step >= 0 else "none was saved"
             raise TrainingDiverged(f"{error}; {kept} in {self.folder.path}") from None
         self.seconds += result.seconds
-        loop, step, total = self.run.config.loop, self.run.step, self.run.total_steps
-        evaluation_due = step % (loop.eval_every or max(1, -(-total // EVALUATIONS))) == 0 or step == total
-        # Saving comes first: a crash in the evaluation loses nothing.
-        if step % loop.save_every == 0 or step == total:
+        loop, step = self.run.config.loop, self.run.step
+        if step % loop.log_every == 0 or self._evaluation_due():
+            self.metrics.write(self._record(result))
+        # Saving comes before the evaluation: a crash there loses nothing.
+        if step % loop.save_every == 0 or self.run.done:
             self.save()
-        if step % loop.log_every == 0 or evaluation_due:
-            self.metrics.write(self._record(result, evaluation_due))
+        if self._evaluation_due():
+            self._evaluate()
         return result
 
-    def _record(self, result: StepResult, evaluate: bool) -> dict[str, Any]:
-        record: dict[str, Any] = {
+    def _evaluation_due(self) -> bool:
+        every = self.run.config.loop.eval_every or max(1, -(-self.run.total_steps // EVALUATIONS))
+        return self.run.step % every == 0 or self.run.done
+
+    def _evaluate(self) -> None:
+        self.metrics.write(
+            {
+                "step": self.run.step,
+                "tokens": self.run.step * self.run.config.loop.tokens_per_step,
+                "seconds": self.seconds,
+                "valid_loss": self.run.validation_loss(),
+            }
+        )
+
+    def _record(self, result: StepResult) -> dict[str, Any]:
+        tokens_per_step = self.run.config.loop.tokens_per_step
+        return {
             "step": self.run.step,
-            "tokens": self.run.step * self.run.config.loop.tokens_per_step,
+            "tokens": self.run.step * tokens_per_step,
             "loss": result.loss,
             "lr": result.lr,
             "grad_norm": result.grad_norm,
-            "tokens_per_second": self.run.config.loop.tokens_per_step / result.seconds,
+            "tokens_per_second": tokens_per_step / result.seconds,
             "step_seconds": result.seconds,
             "seconds": self.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.run.device),
         }
-        if evaluate:
-            record["valid_loss"] = self.run.validation_loss()
-        return record
 
     def save(self) -> Path:
         """Writes a checkpoint of the present step, once."""

@@ -1,0 +1,53 @@
+"""How far the preparation of a text is: a live bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+SECONDS_BETWEEN_LINES = 5.0
+_STAGES = {"tokenizer": "training the tokeniser", "packing": "tokenising and packing"}
+
+
+class DataProgress:
+    """Called with a stage and the bytes of text that it has read; used as a context manager."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        console = Console(stderr=True)
+        self._live = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(pulse_style="bar.pulse"),
+                TextColumn("{task.fields[read]}"),
+                TimeElapsedColumn(),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
+        self._task = None if self._live is None else self._live.add_task("preparing the text", total=None, read="")
+        self._last_line = time.monotonic()
+
+    def __call__(self, stage: str, count: int) -> None:
+        description, read = _STAGES.get(stage, stage), f"{count / 1e6:,.1f} MB"
+        if self._live is not None and self._task is not None:
+            self._live.update(self._task, description=description, read=read)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{description}: {read}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
