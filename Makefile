@@ -20,7 +20,7 @@ types: .venv/.installed-dev
 	$(BIN)/mypy
 
 unit: .venv/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py

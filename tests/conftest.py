@@ -1,7 +1,11 @@
 """A small text that every test of a whole command may train on."""
 
+import os
 import random
 from pathlib import Path
+
+# Tests run beside each other: two thread pools on the same cores would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
