@@ -63,5 +63,6 @@ class _AfterImport(MetaPathFinder):
             execute(module)
             self.then()
 
+        # The spec is this import's own, so nobody else sees its loader changed.
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

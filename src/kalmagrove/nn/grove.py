@@ -82,8 +82,8 @@ class GroveLinear(nn.Module):
         # A tuple hides the shared modules from registration: they are owned, moved and saved by their group.
         self._left = tuple(left) if not isinstance(left, str) else ()
         self._right = tuple(right) if not isinstance(right, str) else ()
-        self.left_kind: Side = "shared" if self._left else left  # type: ignore[assignment]
-        self.right_kind: Side = "shared" if self._right else right  # type: ignore[assignment]
+        self.left_kind: Side = left if isinstance(left, str) else "shared"
+        self.right_kind: Side = right if isinstance(right, str) else "shared"
         self._check_sizes()
         if self.left_kind == "private":
             self.left = nn.Parameter(torch.randn(out_features, rank) * std)

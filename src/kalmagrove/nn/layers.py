@@ -1,4 +1,4 @@
-"""What every model shares: norms, rotary positions, short convolution, feed-forward and the loss.
+"""What every model shares: norms, rotary positions, short convolution and feed-forward.
 
 Shapes: ``x`` is (batch, sequence, channels); heads are (batch, heads, sequence, head_dim).
 """

@@ -7,8 +7,8 @@ is the filter's P, up to a scale that the optimiser's step does not depend on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,12 +68,24 @@ def inverse_square_root(covariance: Tensor, damping: float) -> Tensor:
     return root / root.diagonal().mean()
 
 
+@runtime_checkable
+class TellsWeightInputs(Protocol):
+    """A module of several matrices that can say which input each of them multiplies."""
+
+    def multiplied_matrices(self) -> Iterable[Tensor]:
+        """The matrices."""
+        ...
+
+    def weight_inputs(self, x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """(matrix, what it multiplies) for an input ``x`` of the module."""
+        ...
+
+
 class ActivationStatistics:
     """Collects ``sum of h h^T`` for the weight matrices of a model while it is trained.
 
-    Linear layers are known; any other module may offer ``weight_inputs(x)`` that yields ``(parameter, input)`` pairs,
-    and ``multiplied_matrices()`` that lists the parameters, as Grove's layers do. A matrix that several layers use gets
-    the sum of all.
+    Linear layers are known; any other module may be a :class:`TellsWeightInputs`, as Grove's layers are. A matrix that
+    several layers use gets the sum of all.
     Nothing is collected unless :attr:`active`, gradients are on and the module is in training mode.
     """
 
@@ -93,9 +105,10 @@ class ActivationStatistics:
         """Watches a model's layers; returns how many wanted matrices they multiply by."""
         watched: set[int] = set()
         for module in model.modules():
-            if isinstance(module, nn.Linear) or hasattr(module, "weight_inputs"):
+            if isinstance(module, nn.Linear | TellsWeightInputs):
                 self._handles.append(module.register_forward_pre_hook(self._observe))
-                watched |= {id(p) for p in _multiplied_matrices(module)} & self._wanted
+                matrices = [module.weight] if isinstance(module, nn.Linear) else module.multiplied_matrices()
+                watched |= {id(p) for p in matrices} & self._wanted
         return len(watched)
 
     def detach(self) -> None:
@@ -110,7 +123,11 @@ class ActivationStatistics:
             return
         with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
             rows = self._sampled(args[0])
-            pairs = [(module.weight, rows)] if isinstance(module, nn.Linear) else _weight_inputs(module, rows)
+            if isinstance(module, nn.Linear):
+                pairs: Iterable[tuple[Tensor, Tensor]] = [(module.weight, rows)]
+            else:
+                assert isinstance(module, TellsWeightInputs)
+                pairs = module.weight_inputs(rows)
             for parameter, seen in pairs:
                 if id(parameter) in self._wanted:
                     self._add(parameter, seen)
@@ -133,18 +150,6 @@ class ActivationStatistics:
         self._sums, self._counts = {}, {}
         self._source = self._source_rows = self._gram_rows = self._gram = None
         return means
-
-
-def _multiplied_matrices(module: nn.Module) -> Iterable[Tensor]:
-    if isinstance(module, nn.Linear):
-        return [module.weight]
-    multiplied_matrices: Callable[[], Iterable[Tensor]] = getattr(module, "multiplied_matrices")  # noqa: B009
-    return multiplied_matrices()
-
-
-def _weight_inputs(module: nn.Module, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    weight_inputs: Callable[[Tensor], Iterable[tuple[Tensor, Tensor]]] = getattr(module, "weight_inputs")  # noqa: B009
-    return weight_inputs(rows)
 
 
 def _sample_rows(x: Tensor) -> Tensor:

@@ -280,7 +280,8 @@ def _read_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, "Tensor"]
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             # Cloned, since the file's own pages must not stay in use once the checkpoint is pruned.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
         raise CheckpointError(path.parent, f"{path.name} is not a safetensors file ({error})") from error
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
