@@ -30,10 +30,13 @@ def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
     return code, captured.out, captured.err
 
 
-@pytest.fixture
-def trained(text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+@pytest.fixture(params=["kalmagrove", "llama", "gpt2"])
+def trained(
+    request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Path:
     folder = tmp_path / "run"
-    code, _, error = answer(capsys, "train", "--data", str(text_file), "--tokens", "2k", "--out", str(folder), *SMALL)
+    words = ["train", "--data", str(text_file), "--tokens", "2k", "--preset", request.param, "--out", str(folder)]
+    code, _, error = answer(capsys, *words, *SMALL)
     assert code == 0, error
     return folder
 

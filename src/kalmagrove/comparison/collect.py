@@ -220,4 +220,12 @@ def _candidate(contestants: list[Contestant], baseline: str) -> str:
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     """Values that a table can show."""
-    return {k: v if isinstance(v, str | int | float | bool | None) else str(v) for k, v in options.items()}
+    return {name: _shown(value) for name, value in options.items()}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items() if item is not None)
+    if isinstance(value, list | tuple):
+        return "; ".join(str(_shown(item)) for item in value)
+    return value

@@ -28,6 +28,7 @@ def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str
         for contestant in config.contestants():
             TrainingRun(config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=steps), data)
         return steps
+    say("measuring the speed of a few steps")
     seconds = seconds_per_round(config, data)
     rounds = config.trials + len(config.seed_list()) - 1
     steps = int(parse_duration(config.budget) * TRAINING_PART / seconds / rounds)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import as_decoder, load_model, model_folder
-from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.precision import choose_device
 
 
@@ -73,38 +73,68 @@ def generate_text(
         chosen_device = choose_device(device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    decoder = as_decoder(load_model(model)).to(chosen_device)
+    loaded = load_model(model).to(chosen_device)
     tokenizer = load_tokenizer(model_folder(model))
     end = end_of_text_id(tokenizer)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-    limit = decoder.config.max_position_embeddings
+    limit = loaded.config.max_position_embeddings
     if len(ids) >= limit:
         raise UsageError(f"the prompt has {len(ids)} tokens, the model's context is {limit}; shorten it")
     generator = torch.Generator().manual_seed(seed)
 
-    def choose(logits: Tensor) -> Tensor:
-        return choose_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    def choose(logits: Tensor) -> int:
+        return int(choose_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
 
-    return _pieces(decoder, tokenizer, ids, end, min(max_new_tokens, limit - len(ids)), choose)
+    return _pieces(_next_logits(loaded), choose, tokenizer, ids, end, min(max_new_tokens, limit - len(ids)))
+
+
+def _next_logits(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+    """A function from the tokens that are new since its last call to the logits (1, vocabulary) of the next one."""
+    try:
+        decoder = as_decoder(model)
+    except KalmaGroveError:
+        return _next_logits_without_cache(model)
+    cache = decoder.new_cache()
+
+    def decode(new: list[int]) -> Tensor:
+        logits: Tensor = decoder(torch.tensor([new], device=model.device), cache=cache, logits_to_keep=1).logits
+        return logits[:, -1]
+
+    return decode
+
+
+def _next_logits_without_cache(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:
+    """For architectures that are not ours: slower, and independent of how they keep a cache."""
+    seen: list[int] = []
+
+    def decode(new: list[int]) -> Tensor:
+        seen.extend(new)
+        logits: Tensor = model(input_ids=torch.tensor([seen], device=model.device), use_cache=False).logits
+        return logits[:, -1]
+
+    return decode
 
 
 def _pieces(
-    decoder: KalmaGroveForCausalLM, tokenizer: Any, ids: list[int], end: int, count: int, choose: Any
+    next_logits: Callable[[list[int]], Tensor],
+    choose: Callable[[Tensor], int],
+    tokenizer: Any,
+    prompt: list[int],
+    end: int,
+    count: int,
 ) -> Iterator[str]:
-    cache = decoder.new_cache()
     new: list[int] = []
     shown = ""
-    feed = torch.tensor([ids], device=decoder.device)
+    feed = prompt
     for _ in range(count):
         with torch.inference_mode():
-            logits = decoder(feed, cache=cache, logits_to_keep=1).logits[:, -1]
-        token = int(choose(logits))
+            token = choose(next_logits(feed))
         if token == end:
             break
         new.append(token)
+        feed = [token]
         text = tokenizer.decode(new)
         # A character of several bytes is shown when it is whole.
         if not text.endswith("\ufffd"):
             yield text[len(shown) :]
             shown = text
-        feed = torch.tensor([[token]], device=decoder.device)
