@@ -11,6 +11,7 @@ from torch import nn
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.optim.curvature import ActivationStatistics, damped_inverse, inverse_square_root, newton_schulz
 from kalmagrove.optim.kalma import Kalma, describe_groups, kalma_groups
+from kalmagrove.optim.kalman import Belief, predict, update_by_gain
 from kalmagrove.precision import has_fast_bfloat16
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8, "max_position_embeddings": 40}
@@ -67,8 +68,9 @@ def test_activation_statistics_are_the_mean_outer_product() -> None:
     layer(first)
     layer(second)
     flat = second.reshape(-1, 5)
-    expected = (first.T @ first / 7 + flat.T @ flat / 8) / 2
-    assert torch.allclose(statistics.take()[id(layer.weight)], expected, atol=1e-6)
+    total, count = statistics.take()[id(layer.weight)]
+    assert count == 15
+    assert torch.allclose(total, first.T @ first + flat.T @ flat, atol=1e-5)
     assert statistics.take() == {}
 
 
@@ -95,8 +97,9 @@ def test_a_shared_basis_collects_from_every_layer_that_uses_it() -> None:
     for layer in model.model.layers[:2]:
         layer.mlp.up_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
     model(torch.randint(0, 99, (2, 9)))
-    expected = sum(x.T @ x / 18 for x in inputs) / 2
-    assert torch.allclose(statistics.take()[id(basis)], expected, atol=1e-5)
+    total, count = statistics.take()[id(basis)]
+    assert count == 36
+    assert torch.allclose(total, sum(x.T @ x for x in inputs), atol=1e-4)
 
 
 def test_one_step_is_the_formula() -> None:
@@ -191,7 +194,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str)
 def test_a_method_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method kalma needs 2-D parameters, got shape \(3,\)"):
         Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "kalma"}])
-    with pytest.raises(ValueError, match="method must be one of kalma, adamw, got 'sgd'"):
+    with pytest.raises(ValueError, match="method must be one of kalma, adamw, exact, got 'sgd'"):
         Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "sgd"}])
 
 
@@ -308,6 +311,51 @@ def test_it_solves_a_rotated_ill_conditioned_layer_in_fewer_steps_than_adamw() -
         for lr in (0.01, 0.03, 0.1, 0.3)
     )
     assert final_loss(kalma) < 0.5 * best_adamw
+
+
+@pytest.mark.parametrize("portions", [[30], [1] * 30, [7, 3, 20]], ids=str)
+@pytest.mark.parametrize("forgetting", [1.0, 0.95])
+def test_the_exact_method_is_the_kalman_filter(portions: list[int], forgetting: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 6, generator=generator, dtype=torch.float64)
+    z = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    layer = nn.Linear(6, 4, bias=False).double()
+    belief = Belief(layer.weight.detach().T.clone(), 5.0 * torch.eye(6, dtype=torch.float64))
+    optimizer = Kalma(
+        [
+            {"params": [layer.weight], "method": "exact", "lr": 1.0, "noise": 0.3, "prior": 5.0 * forgetting,
+             "forgetting": forgetting}
+        ]
+    )  # fmt: skip
+    optimizer.attach(layer)
+    start = 0
+    for portion in portions:
+        rows = slice(start, start + portion)
+        start += portion
+        optimizer.zero_grad()
+        (0.5 * (layer(x[rows]) - z[rows]).square().sum()).backward()
+        optimizer.step()
+        belief = update_by_gain(belief, x[rows], z[rows], 0.3 * torch.eye(portion, dtype=torch.float64))
+        assert torch.allclose(layer.weight.T, belief.mean, atol=1e-9)
+        belief = predict(belief, forgetting=forgetting)
+
+
+def test_the_exact_method_solves_least_squares_in_one_step() -> None:
+    x, z = torch.randn(50, 6, dtype=torch.float64), torch.randn(50, 4, dtype=torch.float64)
+    layer = nn.Linear(6, 4, bias=False).double()
+    optimizer = Kalma([{"params": [layer.weight], "method": "exact", "lr": 1.0, "prior": 1e9}])
+    optimizer.attach(layer)
+    (0.5 * (layer(x) - z).square().sum()).backward()
+    optimizer.step()
+    assert torch.allclose(layer.weight.T, torch.linalg.lstsq(x, z).solution, atol=1e-6)
+
+
+def test_the_exact_method_needs_the_inputs() -> None:
+    layer = nn.Linear(6, 4, bias=False)
+    optimizer = Kalma([{"params": [layer.weight], "method": "exact", "lr": 1.0}])
+    layer(torch.randn(3, 6)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"call attach\(model\) before the forward"):
+        optimizer.step()
 
 
 def test_a_mixed_group_without_a_method_is_refused() -> None:

@@ -87,10 +87,15 @@ class ActivationStatistics:
     Linear layers are known; any other module may be a :class:`TellsWeightInputs`, as Grove's layers are. A matrix that
     several layers use gets the sum of all.
     Nothing is collected unless :attr:`active`, gradients are on and the module is in training mode.
+
+    Args:
+        parameters: The matrices that are asked for.
+        most_rows: Rows of an input that are looked at, at even distance; None is all.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], *, most_rows: int | None = SAMPLED_TOKENS) -> None:
         self.active = False
+        self.most_rows = most_rows
         self._wanted = {id(parameter) for parameter in parameters}
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
@@ -134,25 +139,26 @@ class ActivationStatistics:
 
     def _sampled(self, x: Tensor) -> Tensor:
         if self._source is not x or self._source_rows is None:
-            self._source, self._source_rows = x, _sample_rows(x)
+            self._source, self._source_rows = x, _sample_rows(x, self.most_rows)
         return self._source_rows
 
     def _add(self, parameter: Tensor, rows: Tensor) -> None:
         if self._gram_rows is not rows or self._gram is None:
-            self._gram_rows, self._gram = rows, rows.T @ rows / rows.shape[0]
+            self._gram_rows, self._gram = rows, rows.T @ rows
         key = id(parameter)
         self._sums[key] = self._sums[key] + self._gram if key in self._sums else self._gram
-        self._counts[key] = self._counts.get(key, 0) + 1
+        self._counts[key] = self._counts.get(key, 0) + rows.shape[0]
 
-    def take(self) -> dict[int, Tensor]:
-        """The mean ``h h^T`` a use, by ``id`` of the parameter, and starts anew."""
-        means = {key: total / self._counts[key] for key, total in self._sums.items()}
+    def take(self) -> dict[int, tuple[Tensor, int]]:
+        """The sum of ``h h^T`` and the number of ``h``, by ``id`` of the parameter; starts anew."""
+        seen = {key: (total, self._counts[key]) for key, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         self._source = self._source_rows = self._gram_rows = self._gram = None
-        return means
+        return seen
 
 
-def _sample_rows(x: Tensor) -> Tensor:
-    """At most SAMPLED_TOKENS rows of ``x`` (..., features) at even distance, float32."""
+def _sample_rows(x: Tensor, most_rows: int | None) -> Tensor:
+    """At most ``most_rows`` rows of ``x`` (..., features) at even distance, in float32 or better."""
     rows = x.detach().reshape(-1, x.shape[-1])
-    return rows[:: -(-rows.shape[0] // SAMPLED_TOKENS)].float()
+    step = 1 if most_rows is None else -(-rows.shape[0] // most_rows)
+    return rows[::step].to(torch.promote_types(rows.dtype, torch.float32))

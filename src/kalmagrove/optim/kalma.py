@@ -12,6 +12,10 @@ the gradient multiplied by P on the input side, and by the inverse of the innova
 With P = I this is Muon (Jordan, 2024) with the RMS-matched scale of arXiv:2502.16982; P is what the activations
 add. Vectors, embeddings and output heads are trained by AdamW in the same optimiser.
 
+A group with ``method="exact"`` (and ``lr=1``) is the filter to the letter for a layer whose loss is half the sum of
+squared errors: ``noise`` is R = r I, ``prior`` the variance of each weight before the first step, ``forgetting`` as in
+:func:`kalmagrove.optim.kalman.predict`. It keeps and inverts P^-1 every step and is meant for small layers.
+
 Where not to use it: for embeddings or heads (their inputs are one-hot; :func:`kalma_groups` leaves them to
 AdamW), for convolutions before reshaping, and with sparse or complex parameters.
 """
@@ -29,15 +33,15 @@ from torch.optim.adamw import adamw
 from kalmagrove.optim.curvature import ActivationStatistics, damped_inverse, inverse_square_root, newton_schulz
 from kalmagrove.precision import has_fast_bfloat16
 
-METHODS = ("kalma", "adamw")
+METHODS = ("kalma", "adamw", "exact")
 
 
 class Kalma(torch.optim.Optimizer):
     """Kalman-filter steps for matrices, AdamW for the rest.
 
     Args:
-        params: Parameters or groups. A group's ``method`` is "kalma" (2-D parameters) or "adamw"; without it a
-            parameter's number of axes decides. Use :func:`kalma_groups` for a model: it knows embeddings.
+        params: Parameters or groups. A group's ``method`` is "kalma" or "exact" (2-D parameters) or "adamw"; without it
+            a parameter's number of axes decides. Use :func:`kalma_groups` for a model: it knows embeddings.
         lr: Step of the matrices; 0.02 suits most small language models. Groups may have their own.
         weight_decay: Decoupled decay.
         momentum: Memory of the gradient's moving average.
@@ -83,6 +87,9 @@ class Kalma(torch.optim.Optimizer):
             "eps": eps,
             "method": None,
             "step": 0,
+            "noise": 1.0,
+            "forgetting": 1.0,
+            "prior": 1e3,
         }
         super().__init__(_split_by_method(params), defaults)
         self._statistics: ActivationStatistics | None = None
@@ -106,8 +113,10 @@ class Kalma(torch.optim.Optimizer):
         for parameter in group["params"]:
             if parameter.is_complex() or parameter.is_sparse:
                 raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
-            if group["method"] == "kalma" and parameter.ndim != 2:
-                raise ValueError(f"method kalma needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw")
+            if group["method"] != "adamw" and parameter.ndim != 2:
+                raise ValueError(
+                    f"method {group['method']} needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw"
+                )
 
     def attach(self, model: nn.Module) -> int:
         """Watches the model's layers, so that P comes from their inputs instead of from gradients.
@@ -117,8 +126,9 @@ class Kalma(torch.optim.Optimizer):
         """
         if self._statistics is not None:
             self._statistics.detach()
-        matrices = [p for group in self.param_groups if group["method"] == "kalma" for p in group["params"]]
-        self._statistics = ActivationStatistics(matrices)
+        matrices = [p for group in self.param_groups if group["method"] != "adamw" for p in group["params"]]
+        exact = any(group["method"] == "exact" for group in self.param_groups)
+        self._statistics = ActivationStatistics(matrices, **({"most_rows": None} if exact else {}))
         # P is refreshed with the first step, and then with every refresh_every-th.
         self._statistics.active = self._refreshes_next()
         return self._statistics.attach(model)
@@ -137,7 +147,8 @@ class Kalma(torch.optim.Optimizer):
 
     def _refreshes_next(self) -> bool:
         return any(
-            group["method"] == "kalma" and group["step"] % group["refresh_every"] == 0 for group in self.param_groups
+            group["method"] == "exact" or (group["method"] == "kalma" and group["step"] % group["refresh_every"] == 0)
+            for group in self.param_groups
         )
 
     @overload
@@ -156,8 +167,10 @@ class Kalma(torch.optim.Optimizer):
             parameters = _with_finite_gradient(group["params"])
             if group["method"] == "adamw":
                 self._adamw_step(group, parameters)
+            elif group["method"] == "exact":
+                self._exact_step(group, parameters, seen)
             else:
-                self._kalma_step(group, parameters, seen)
+                self._kalma_step(group, parameters, {key: total / count for key, (total, count) in seen.items()})
             group["step"] += 1
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
@@ -185,6 +198,21 @@ class Kalma(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+    def _exact_step(self, group: dict[str, Any], parameters: list[Tensor], seen: dict[int, tuple[Tensor, int]]) -> None:
+        """The Kalman filter itself, in information form: P^-1 <- f P^-1 + H^T H / r, W <- W - (lr / r) G P."""
+        for parameter in parameters:
+            if id(parameter) not in seen:
+                raise RuntimeError("method exact needs the inputs of its layers: call attach(model) before the forward")
+            state, (total, _) = self.state[parameter], seen[id(parameter)]
+            if not state:
+                state["information"] = torch.eye(parameter.shape[1]).to(total) / group["prior"]
+            information = state["information"].mul_(group["forgetting"]).add_(total / group["noise"])
+            covariance = torch.cholesky_inverse(torch.linalg.cholesky(information))
+            assert parameter.grad is not None
+            parameter.sub_(
+                (parameter.grad.to(covariance) @ covariance).to(parameter), alpha=group["lr"] / group["noise"]
+            )
 
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: dict[int, Tensor]) -> None:
         refresh = group["step"] % group["refresh_every"] == 0
