@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from kalmagrove.models.decoder import KalmaGroveForCausalLM
     from kalmagrove.nn.arnold import MultiResolutionAttention, Resolution
     from kalmagrove.nn.grove import GroveLinear
-    from kalmagrove.optim.kalma import Kalma, kalma_groups
+    from kalmagrove.optim.groups import kalma_groups
+    from kalmagrove.optim.kalma import Kalma
 
 __version__ = "0.1.0"
 
@@ -27,7 +28,7 @@ _HOMES = {
     "KalmaGroveForCausalLM": "kalmagrove.models.decoder",
     "MultiResolutionAttention": "kalmagrove.nn.arnold",
     "Resolution": "kalmagrove.nn.arnold",
-    "kalma_groups": "kalmagrove.optim.kalma",
+    "kalma_groups": "kalmagrove.optim.groups",
 }
 __all__ = [
     "GroveLinear",

@@ -9,97 +9,13 @@ import torch
 from torch import nn
 
 from kalmagrove.models.build import build_model, model_config
-from kalmagrove.optim.curvature import ActivationStatistics, damped_inverse, inverse_square_root, newton_schulz
-from kalmagrove.optim.kalma import Kalma, describe_groups, kalma_groups
+from kalmagrove.optim.curvature import damped_inverse, newton_schulz
+from kalmagrove.optim.groups import kalma_groups
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.optim.kalman import Belief, predict, update_by_gain
 from kalmagrove.precision import has_fast_bfloat16
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "head_dim": 8, "max_position_embeddings": 40}
-
-
-def covariance(size: int, seed: int = 0) -> torch.Tensor:
-    factor = torch.randn(size, 3 * size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return factor @ factor.T / (3 * size)
-
-
-@pytest.mark.parametrize("shape", [(7, 13), (13, 7), (8, 8), (1, 5), (3, 7, 13)])
-def test_newton_schulz_is_near_the_polar_factor(shape: tuple[int, ...]) -> None:
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    values = torch.linalg.svdvals(newton_schulz(matrix, steps=8))
-    assert values.min() > 0.6 and values.max() < 1.3
-    rotated = u.mT @ newton_schulz(matrix, steps=8) @ vt.mT
-    off_diagonal = rotated - torch.diag_embed(torch.diagonal(rotated, dim1=-2, dim2=-1))
-    assert off_diagonal.abs().max() < 1e-3
-
-
-def test_newton_schulz_of_zero_is_zero() -> None:
-    assert not newton_schulz(torch.zeros(3, 4)).any()
-
-
-def test_the_damped_inverse_is_the_inverse_up_to_scale() -> None:
-    c = covariance(6)
-    inverse = damped_inverse(c, 0.1)
-    product = inverse @ (c / c.diagonal().mean() + 0.1 * torch.eye(6, dtype=torch.float64))
-    assert torch.allclose(product, product[0, 0] * torch.eye(6, dtype=torch.float64), atol=1e-10)
-    assert inverse.diagonal().mean() == pytest.approx(1.0)
-    assert torch.allclose(damped_inverse(c * 1e6, 0.1), inverse)
-
-
-def test_the_inverse_square_root_squares_to_the_damped_inverse() -> None:
-    c = covariance(6)
-    root = inverse_square_root(c, 0.1)
-    squared = root @ root
-    assert torch.allclose(squared / squared.diagonal().mean(), damped_inverse(c, 0.1), atol=1e-8)
-
-
-@pytest.mark.parametrize("function", [damped_inverse, inverse_square_root])
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_without_information_p_is_the_identity(function: Any, value: float) -> None:
-    assert torch.equal(function(torch.full((3, 3), value), 0.1), torch.eye(3))
-
-
-def test_activation_statistics_are_the_mean_outer_product() -> None:
-    layer = nn.Linear(5, 3)
-    statistics = ActivationStatistics([layer.weight])
-    assert statistics.attach(layer) == 1
-    statistics.active = True
-    first, second = torch.randn(7, 5), torch.randn(2, 4, 5)
-    layer(first)
-    layer(second)
-    flat = second.reshape(-1, 5)
-    total, count = statistics.take()[id(layer.weight)]
-    assert count == 15
-    assert torch.allclose(total, first.T @ first + flat.T @ flat, atol=1e-5)
-    assert statistics.take() == {}
-
-
-def test_statistics_skip_evaluation_no_grad_and_inactive_forwards() -> None:
-    layer = nn.Linear(5, 3)
-    statistics = ActivationStatistics([layer.weight])
-    statistics.attach(layer)
-    layer(torch.randn(2, 5))
-    statistics.active = True
-    with torch.no_grad():
-        layer(torch.randn(2, 5))
-    layer.eval()
-    layer(torch.randn(2, 5))
-    assert statistics.take() == {}
-
-
-def test_a_shared_basis_collects_from_every_layer_that_uses_it() -> None:
-    model = build_model(model_config("kalmagrove", SIZES), 0)
-    basis = model.model.layers[0].mlp.up_proj._right[1].weight
-    statistics = ActivationStatistics([basis])
-    statistics.attach(model)
-    statistics.active = True
-    inputs = []
-    for layer in model.model.layers[:2]:
-        layer.mlp.up_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().flatten(0, 1)))
-    model(torch.randint(0, 99, (2, 9)))
-    total, count = statistics.take()[id(basis)]
-    assert count == 36
-    assert torch.allclose(total, sum(x.T @ x for x in inputs), atol=1e-4)
 
 
 def test_one_step_is_the_formula() -> None:
@@ -131,7 +47,7 @@ def test_identity_curvature_is_torchs_muon() -> None:
         gradient = torch.randn(6, 9, generator=torch.Generator().manual_seed(step))
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         kalma.state[ours].setdefault("momentum", torch.zeros(6, 9))
-        kalma.state[ours]["precision"] = torch.eye(9)
+        kalma.state[ours]["gain"] = torch.eye(9).unsqueeze(0)
         kalma.param_groups[0]["step"] = 1
         kalma.step()
         muon.step()
@@ -148,31 +64,6 @@ def test_vectors_are_trained_by_exactly_adamw() -> None:
         kalma.step()
         adamw.step()
     assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("preset", ["gpt2", "llama", "kalmagrove"])
-def test_groups_hold_every_parameter_once_and_embeddings_go_to_adamw(preset: str) -> None:
-    model = build_model(model_config(preset, SIZES), 0)
-    matrices, rest = kalma_groups(model)
-    assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
-    assert all("embed" not in name for name in matrices["names"])
-    assert all(p.ndim == 2 for p in matrices["params"])
-    assert "model.embed_tokens.weight" in rest["names"]
-    text = describe_groups([matrices, rest])
-    assert text.startswith(f"kalma: {len(matrices['params'])} tensors, ")
-    assert "adamw: " in text and "embed_tokens" in text
-
-
-def test_a_tied_head_is_found_by_identity() -> None:
-    embedding, head = nn.Embedding(11, 6), nn.Linear(6, 11, bias=False)
-    head.weight = embedding.weight
-    groups = kalma_groups(nn.ModuleDict({"output": head, "table": embedding, "hidden": nn.Linear(6, 6)}))
-    assert groups[0]["names"] == ["hidden.weight"]
-
-
-def test_an_untied_head_goes_to_adamw() -> None:
-    model = build_model(model_config("llama", SIZES | {"tie_word_embeddings": False}), 0)
-    assert "lm_head.weight" in kalma_groups(model)[1]["names"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +83,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str)
 
 
 def test_a_method_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method kalma needs 2-D parameters, got shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"a matrix has at least 2 axes, got shape \(3,\); use adamw"):
         Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "kalma"}])
     with pytest.raises(ValueError, match="method must be one of kalma, adamw, exact, got 'sgd'"):
         Kalma([{"params": [nn.Parameter(torch.ones(3))], "method": "sgd"}])
@@ -238,7 +129,9 @@ def test_statistics_stay_float32_when_parameters_are_bfloat16() -> None:
     optimizer.step()
     loaded = Kalma([parameter])
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for name, value in loaded.state[parameter].items():
+    tensors = {k: v for k, v in loaded.state[parameter].items() if isinstance(v, torch.Tensor)}
+    assert tensors.keys() == {"momentum", "covariance", "gain"}
+    for name, value in tensors.items():
         assert value.dtype == torch.float32, name
         assert torch.equal(value, optimizer.state[parameter][name])
 
@@ -247,7 +140,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone_and_warns() ->
     good, bad = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(3, 4))
     optimizer = Kalma([good, bad])
     good.grad, bad.grad = torch.randn(3, 4), torch.full((3, 4), float("nan"))
-    with pytest.warns(RuntimeWarning, match="1 of 2 gradients are not finite"):
+    with pytest.warns(RuntimeWarning, match=r"the gradient of a parameter of shape \(3, 4\) is not finite"):
         optimizer.step()
     assert torch.equal(bad, torch.ones(3, 4)) and not torch.equal(good, torch.ones(3, 4))
 

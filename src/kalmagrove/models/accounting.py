@@ -144,7 +144,7 @@ def training_memory(
 
 
 def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
-    from kalmagrove.optim.kalma import kalma_groups
+    from kalmagrove.optim.groups import kalma_groups
 
     if optimizer == "adamw":
         return 8 * sum(p.numel() for p in model.parameters())

@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from kalmagrove.optim.kalma import Kalma, kalma_groups
+from kalmagrove.optim.groups import kalma_groups
+from kalmagrove.optim.kalma import Kalma
 
 
 def build_optimizers(

@@ -1,20 +1,9 @@
-"""Statistics for Kalma: the covariance of what each weight matrix multiplies, and its inverse.
-
-For a layer y = W h the measurement matrix of the Kalman filter is the layer's input, so the information that a
-batch brings about W is H^T H = sum of h h^T. Its running mean is the covariance C kept here; its damped inverse
-is the filter's P, up to a scale that the optimiser's step does not depend on.
-"""
+"""The linear algebra of Kalma's step: the polar factor, and P from a covariance, in blocks where inputs are wide."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol, runtime_checkable
-
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-SAMPLED_TOKENS = 2048
+from torch import Tensor
 
 
 def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -43,122 +32,63 @@ def damped_inverse(covariance: Tensor, damping: float) -> Tensor:
     """``(C + damping * mean(diag C) I)^-1`` scaled to mean diagonal one; the identity where C has no information.
 
     Args:
-        covariance: (n, n), symmetric positive semi-definite, float32 or float64.
+        covariance: (..., n, n), symmetric positive semi-definite, float32 or float64.
         damping: Relative to the mean of the diagonal, so that the scale of the inputs drops out.
     """
-    identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
-    scale = covariance.diagonal().mean()
-    if not bool(torch.isfinite(scale)) or float(scale) <= 0:
-        return identity
-    factor, failed = torch.linalg.cholesky_ex(covariance / scale + damping * identity)
-    if int(failed):
-        return identity
-    inverse = torch.cholesky_inverse(factor)
-    return inverse / inverse.diagonal().mean()
+    damped, informative = _damped(covariance, damping)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    identity = _identity_like(covariance)
+    informative = informative & (failed == 0)[..., None, None]
+    inverse = torch.cholesky_inverse(torch.where(informative, factor, identity))
+    return torch.where(informative, _mean_diagonal_one(inverse), identity)
 
 
 def inverse_square_root(covariance: Tensor, damping: float) -> Tensor:
     """``(C + damping * mean(diag C) I)^-1/2`` scaled to mean diagonal one; the identity without information."""
-    identity = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
-    scale = covariance.diagonal().mean()
-    if not bool(torch.isfinite(scale)) or float(scale) <= 0:
-        return identity
-    values, vectors = torch.linalg.eigh(covariance / scale + damping * identity)
-    root = (vectors * values.clamp_min(damping).rsqrt()) @ vectors.mT
-    return root / root.diagonal().mean()
+    damped, informative = _damped(covariance, damping)
+    values, vectors = torch.linalg.eigh(damped)
+    root = (vectors * values.clamp_min(damping).rsqrt().unsqueeze(-2)) @ vectors.mT
+    return torch.where(informative, _mean_diagonal_one(root), _identity_like(covariance))
 
 
-@runtime_checkable
-class TellsWeightInputs(Protocol):
-    """A module of several matrices that can say which input each of them multiplies."""
-
-    def multiplied_matrices(self) -> Iterable[Tensor]:
-        """The matrices."""
-        ...
-
-    def weight_inputs(self, x: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """(matrix, what it multiplies) for an input ``x`` of the module."""
-        ...
+def block_count(features: int, block_size: int) -> int:
+    """Blocks that cut ``features`` into equal parts of at most ``block_size``."""
+    return -(-features // block_size)
 
 
-class ActivationStatistics:
-    """Collects ``sum of h h^T`` for the weight matrices of a model while it is trained.
-
-    Linear layers are known; any other module may be a :class:`TellsWeightInputs`, as Grove's layers are. A matrix that
-    several layers use gets the sum of all.
-    Nothing is collected unless :attr:`active`, gradients are on and the module is in training mode.
-
-    Args:
-        parameters: The matrices that are asked for.
-        most_rows: Rows of an input that are looked at, at even distance; None is all.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], *, most_rows: int | None = SAMPLED_TOKENS) -> None:
-        self.active = False
-        self.most_rows = most_rows
-        self._wanted = {id(parameter) for parameter in parameters}
-        self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, int] = {}
-        # Query, key and value projections read the same tensor: it is sampled and squared once.
-        self._source: Tensor | None = None
-        self._source_rows: Tensor | None = None
-        self._gram_rows: Tensor | None = None
-        self._gram: Tensor | None = None
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, model: nn.Module) -> int:
-        """Watches a model's layers; returns how many wanted matrices they multiply by."""
-        watched: set[int] = set()
-        for module in model.modules():
-            if isinstance(module, nn.Linear | TellsWeightInputs):
-                self._handles.append(module.register_forward_pre_hook(self._observe))
-                matrices = [module.weight] if isinstance(module, nn.Linear) else module.multiplied_matrices()
-                watched |= {id(p) for p in matrices} & self._wanted
-        return len(watched)
-
-    def detach(self) -> None:
-        """Stops watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    @torch.compiler.disable
-    def _observe(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not self.active or not torch.is_grad_enabled() or not module.training:
-            return
-        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-            rows = self._sampled(args[0])
-            if isinstance(module, nn.Linear):
-                pairs: Iterable[tuple[Tensor, Tensor]] = [(module.weight, rows)]
-            else:
-                assert isinstance(module, TellsWeightInputs)
-                pairs = module.weight_inputs(rows)
-            for parameter, seen in pairs:
-                if id(parameter) in self._wanted:
-                    self._add(parameter, seen)
-
-    def _sampled(self, x: Tensor) -> Tensor:
-        if self._source is not x or self._source_rows is None:
-            self._source, self._source_rows = x, _sample_rows(x, self.most_rows)
-        return self._source_rows
-
-    def _add(self, parameter: Tensor, rows: Tensor) -> None:
-        if self._gram_rows is not rows or self._gram is None:
-            self._gram_rows, self._gram = rows, rows.T @ rows
-        key = id(parameter)
-        self._sums[key] = self._sums[key] + self._gram if key in self._sums else self._gram
-        self._counts[key] = self._counts.get(key, 0) + rows.shape[0]
-
-    def take(self) -> dict[int, tuple[Tensor, int]]:
-        """The sum of ``h h^T`` and the number of ``h``, by ``id`` of the parameter; starts anew."""
-        seen = {key: (total, self._counts[key]) for key, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
-        self._source = self._source_rows = self._gram_rows = self._gram = None
-        return seen
+def in_blocks(rows: Tensor, blocks: int) -> Tensor:
+    """(rows, features) as (blocks, rows, features of a block), filled up with zeros."""
+    size = -(-rows.shape[-1] // blocks)
+    padded = torch.nn.functional.pad(rows, (0, blocks * size - rows.shape[-1]))
+    return padded.unflatten(-1, (blocks, size)).movedim(-2, 0)
 
 
-def _sample_rows(x: Tensor, most_rows: int | None) -> Tensor:
-    """At most ``most_rows`` rows of ``x`` (..., features) at even distance, in float32 or better."""
-    rows = x.detach().reshape(-1, x.shape[-1])
-    step = 1 if most_rows is None else -(-rows.shape[0] // most_rows)
-    return rows[::step].to(torch.promote_types(rows.dtype, torch.float32))
+def block_gram(rows: Tensor, blocks: int) -> Tensor:
+    """The diagonal blocks of ``rows.T @ rows``: (rows, features) to (blocks, size, size)."""
+    parts = in_blocks(rows, blocks)
+    return parts.mT @ parts
+
+
+def times_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """``matrix`` (rows, features) times a block-diagonal matrix (blocks, size, size)."""
+    if len(blocks) == 1:
+        return matrix @ blocks[0]
+    product = in_blocks(matrix, len(blocks)) @ blocks
+    return product.movedim(0, -2).flatten(-2)[..., : matrix.shape[-1]]
+
+
+def _damped(covariance: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """C with its damping at mean diagonal one, the identity where it has no information; and where it has."""
+    identity = _identity_like(covariance)
+    scale = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    informative = torch.isfinite(scale) & (scale > 0)
+    safe = torch.where(informative, covariance, identity) / torch.where(informative, scale, torch.ones_like(scale))
+    return safe + damping * identity, informative
+
+
+def _mean_diagonal_one(matrix: Tensor) -> Tensor:
+    return matrix / matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+
+
+def _identity_like(matrix: Tensor) -> Tensor:
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)

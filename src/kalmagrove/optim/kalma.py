@@ -17,7 +17,7 @@ squared errors: ``noise`` is R = r I, ``prior`` the variance of each weight befo
 :func:`kalmagrove.optim.kalman.predict`. It keeps and inverts P^-1 every step and is meant for small layers.
 
 Where not to use it: for embeddings or heads (their inputs are one-hot; :func:`kalma_groups` leaves them to
-AdamW), for convolutions before reshaping, and with sparse or complex parameters.
+AdamW), and with sparse or complex parameters.
 """
 
 from __future__ import annotations
@@ -30,26 +30,43 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from kalmagrove.optim.curvature import ActivationStatistics, damped_inverse, inverse_square_root, newton_schulz
+from kalmagrove.optim.curvature import (
+    block_count,
+    block_gram,
+    damped_inverse,
+    inverse_square_root,
+    newton_schulz,
+    times_blocks,
+)
+from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_tensor
+from kalmagrove.optim.groups import embeddings_of
+from kalmagrove.optim.layout import Layout
+from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
 from kalmagrove.precision import has_fast_bfloat16
 
 METHODS = ("kalma", "adamw", "exact")
+
+Seen = dict[int, tuple[Tensor, int]]
 
 
 class Kalma(torch.optim.Optimizer):
     """Kalman-filter steps for matrices, AdamW for the rest.
 
     Args:
-        params: Parameters or groups. A group's ``method`` is "kalma" or "exact" (2-D parameters) or "adamw"; without it
-            a parameter's number of axes decides. Use :func:`kalma_groups` for a model: it knows embeddings.
+        params: Parameters or groups. A group's ``method`` is "kalma" (parameters of two axes or more), "exact" (of two)
+            or "adamw"; without it a parameter's number of axes decides. A group may have the options of a
+            :class:`~kalmagrove.optim.layout.Layout`: ``transposed``, ``split_sizes``, ``stacked``. For a whole model
+            use :func:`~kalmagrove.optim.groups.kalma_groups`: it knows these, and embeddings.
         lr: Step of the matrices; 0.02 suits most small language models. Groups may have their own.
         weight_decay: Decoupled decay.
         momentum: Memory of the gradient's moving average.
         damping: Of P, relative to the mean input power.
         curvature_decay: Memory of C at each refresh.
         refresh_every: Steps between refreshes of C and P.
+        block_size: C and P of wider inputs are cut into equal diagonal blocks of at most this size.
         betas: AdamW's, for the groups with ``method="adamw"``.
         eps: AdamW's.
+        maximize: Goes up instead of down.
 
     Raises:
         ValueError: A number is out of its range, a method is unknown, or a parameter does not fit its method.
@@ -58,24 +75,18 @@ class Kalma(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 0.02,
+        lr: float | Tensor = 0.02,
         *,
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         damping: float = 0.1,
         curvature_decay: float = 0.95,
         refresh_every: int = 10,
+        block_size: int = 1024,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
+        maximize: bool = False,
     ) -> None:
-        _check_range("momentum", momentum, 0.0, 1.0)
-        if not 0 < damping < float("inf"):
-            raise ValueError(f"damping must be positive, got {damping}")
-        _check_range("curvature_decay", curvature_decay, 0.0, 1.0)
-        for beta in betas:
-            _check_range("betas", beta, 0.0, 1.0)
-        if refresh_every < 1:
-            raise ValueError(f"refresh_every must be at least 1, got {refresh_every}")
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -83,61 +94,64 @@ class Kalma(torch.optim.Optimizer):
             "damping": damping,
             "curvature_decay": curvature_decay,
             "refresh_every": refresh_every,
+            "block_size": block_size,
             "betas": betas,
             "eps": eps,
+            "maximize": maximize,
             "method": None,
+            "transposed": False,
+            "split_sizes": None,
+            "stacked": False,
             "step": 0,
             "noise": 1.0,
             "forgetting": 1.0,
             "prior": 1e3,
         }
-        super().__init__(_split_by_method(params), defaults)
         self._statistics: ActivationStatistics | None = None
+        self._process_group: Any = None
+        super().__init__(_split_by_method(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters must fit its method."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _check_range("lr", group["lr"], 0.0, float("inf"))
-        _check_range("weight_decay", group["weight_decay"], 0.0, float("inf"))
-        if group["method"] is None:
-            matrices = {p.ndim == 2 for p in group["params"]}
-            if len(matrices) > 1:
-                raise ValueError(
-                    "a group of matrices and vectors needs to be divided: use kalma_groups(model), or give each "
-                    "group a method"
-                )
-            group["method"] = "kalma" if matrices != {False} else "adamw"
-        if group["method"] not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {group['method']!r}")
-        for parameter in group["params"]:
-            if parameter.is_complex() or parameter.is_sparse:
-                raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
-            if group["method"] != "adamw" and parameter.ndim != 2:
-                raise ValueError(
-                    f"method {group['method']} needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw"
-                )
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-    def attach(self, model: nn.Module) -> int:
+    def attach(self, model: nn.Module, *, process_group: Any = None) -> int:
         """Watches the model's layers, so that P comes from their inputs instead of from gradients.
 
-        Returns:
-            The number of matrices that are watched.
-        """
-        if self._statistics is not None:
-            self._statistics.detach()
-        matrices = [p for group in self.param_groups if group["method"] != "adamw" for p in group["params"]]
-        exact = any(group["method"] == "exact" for group in self.param_groups)
-        self._statistics = ActivationStatistics(matrices, **({"most_rows": None} if exact else {}))
-        # P is refreshed with the first step, and then with every refresh_every-th.
-        self._statistics.active = self._refreshes_next()
-        return self._statistics.attach(model)
+        Args:
+            model: The model that is trained.
+            process_group: Ranks over which the inputs' covariances are summed at each refresh, where
+                ``torch.distributed`` is in use; None is all of them.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy watches no model until it is attached."""
-        super().__setstate__(state)
-        # load_state_dict comes through here too, and must not end the watch.
-        self.__dict__.setdefault("_statistics", None)
+        Returns:
+            The number of matrices that are watched. The others, if any, keep to their gradients; a warning names them.
+
+        Raises:
+            ValueError: No matrix of the model is in the groups, or an embedding is among the matrices.
+        """
+        self.detach()
+        block_sizes, names = self._check_model(model)
+        exact = any(group["method"] == "exact" for group in self.param_groups)
+        statistics = ActivationStatistics(block_sizes, **({"most_rows": None} if exact else {}))
+        statistics.attach(model)
+        if not statistics.watched:
+            statistics.detach()
+            raise ValueError(
+                "none of the model's layers multiplies by a matrix of this optimiser: attach the model whose "
+                "parameters the optimiser was made with"
+            )
+        unwatched = [name for key, name in names.items() if key not in statistics.watched]
+        if unwatched:
+            _warn(f"no layer shows the inputs of {_listed(unwatched)}; P comes from their gradients")
+        self._statistics, self._process_group = statistics, process_group
+        # P is refreshed with the first step, and then with every refresh_every-th.
+        statistics.active = self._refreshes_next()
+        return len(statistics.watched)
 
     def detach(self) -> None:
         """Stops watching; P then comes from gradients."""
@@ -145,11 +159,16 @@ class Kalma(torch.optim.Optimizer):
             self._statistics.detach()
             self._statistics = None
 
-    def _refreshes_next(self) -> bool:
-        return any(
-            group["method"] == "exact" or (group["method"] == "kalma" and group["step"] % group["refresh_every"] == 0)
-            for group in self.param_groups
-        )
+    def count_tokens(self, mask: Tensor | None) -> None:
+        """Which tokens of the forwards to come count for C; None is all.
+
+        Args:
+            mask: True where a token counts, (batch, sequence): padding is False. Inputs of another leading shape are
+                taken whole.
+        """
+        if self._statistics is None:
+            raise RuntimeError("count_tokens needs attach(model) before it")
+        self._statistics.token_mask = None if mask is None else mask.bool()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -157,20 +176,27 @@ class Kalma(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update; parameters with a gradient that is not finite are left alone, with a warning."""
+        """One update; parameters with a gradient that is not finite are left alone, with a warning that names them."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        seen = self._statistics.take() if self._statistics is not None else {}
+        seen: Seen = {}
+        if self._statistics is not None:
+            seen = self._statistics.take()
+            if self._statistics.active:
+                device = self.param_groups[0]["params"][0].device
+                seen = average_across_ranks(
+                    seen, self._shapes_of_statistics(), device=device, process_group=self._process_group
+                )
         for group in self.param_groups:
-            parameters = _with_finite_gradient(group["params"])
+            parameters = _with_finite_gradient(group)
             if group["method"] == "adamw":
                 self._adamw_step(group, parameters)
             elif group["method"] == "exact":
                 self._exact_step(group, parameters, seen)
             else:
-                self._kalma_step(group, parameters, {key: total / count for key, (total, count) in seen.items()})
+                self._kalma_step(group, parameters, seen)
             group["step"] += 1
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
@@ -179,13 +205,19 @@ class Kalma(torch.optim.Optimizer):
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter].update(
-                    step=torch.tensor(0.0), exp_avg=_float_zeros(parameter), exp_avg_sq=_float_zeros(parameter)
-                )
+                self.state[parameter] |= {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": _float_zeros(parameter),
+                    "exp_avg_sq": _float_zeros(parameter),
+                }
+        if not parameters:
+            return
         states = [self.state[p] for p in parameters]
+        # The moments are float32 whatever the parameter is: torch's fused and foreach kernels want one type.
+        masters = [p if p.dtype == torch.float32 else p.float() for p in parameters]
         adamw(
-            parameters,
-            [p.grad.to(p.dtype) for p in parameters if p.grad is not None],
+            masters,
+            [p.grad.to(m.dtype) for p, m in zip(parameters, masters, strict=True) if p.grad is not None],
             [s["exp_avg"] for s in states],
             [s["exp_avg_sq"] for s in states],
             [],
@@ -193,144 +225,206 @@ class Kalma(torch.optim.Optimizer):
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=group["lr"],
+            lr=float(group["lr"]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            maximize=False,
+            maximize=group["maximize"],
         )
+        for parameter, master in zip(parameters, masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
 
-    def _exact_step(self, group: dict[str, Any], parameters: list[Tensor], seen: dict[int, tuple[Tensor, int]]) -> None:
+    def _exact_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         """The Kalman filter itself, in information form: P^-1 <- f P^-1 + H^T H / r, W <- W - (lr / r) G P."""
         for parameter in parameters:
             if id(parameter) not in seen:
                 raise RuntimeError("method exact needs the inputs of its layers: call attach(model) before the forward")
-            state, (total, _) = self.state[parameter], seen[id(parameter)]
+            state, total = self.state[parameter], seen[id(parameter)][0][0]
             if not state:
                 state["information"] = torch.eye(parameter.shape[1]).to(total) / group["prior"]
             information = state["information"].mul_(group["forgetting"]).add_(total / group["noise"])
             covariance = torch.cholesky_inverse(torch.linalg.cholesky(information))
-            assert parameter.grad is not None
-            parameter.sub_(
-                (parameter.grad.to(covariance) @ covariance).to(parameter), alpha=group["lr"] / group["noise"]
-            )
+            step = _gradient(parameter, group).to(covariance) @ covariance
+            parameter.sub_(step.to(parameter), alpha=float(group["lr"]) / group["noise"])
 
-    def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: dict[int, Tensor]) -> None:
+    @torch.compiler.disable
+    def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
+        layout = _layout(group)
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = _float_zeros(parameter)
         refresh = group["step"] % group["refresh_every"] == 0
-        by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
+        self._refresh(group, [p for p in parameters if refresh or "gain" not in self.state[p]], seen)
+        by_shape: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
+        for index, parameter in enumerate(parameters):
+            for place, part in enumerate(layout.parts(self._innovation(group, layout, parameter))):
+                by_shape.setdefault(tuple(part.shape), []).append((index, place, part))
+        updates: list[dict[int, Tensor]] = [{} for _ in parameters]
+        for shape, waiting in by_shape.items():
+            dtype = torch.bfloat16 if has_fast_bfloat16(waiting[0][2].device) else torch.float32
+            whitened = newton_schulz(torch.stack([part for _, _, part in waiting]), dtype=dtype)
+            for (index, place, _), part in zip(waiting, whitened * (0.2 * max(shape[-2:]) ** 0.5), strict=True):
+                updates[index][place] = part
+        lr = float(group["lr"])
+        for parameter, parts in zip(parameters, updates, strict=True):
+            update = layout.restore([parts[place] for place in sorted(parts)], parameter)
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.add_(as_shard(update.to(parameter.dtype), parameter), alpha=-lr)
+
+    def _innovation(self, group: dict[str, Any], layout: Layout, parameter: Tensor) -> Tensor:
+        """M P of one parameter, (..., outputs, inputs)."""
+        state, gradient = self.state[parameter], _gradient(parameter, group).float()
+        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        whole = layout.whole(whole_tensor(gradient.lerp(momentum, group["momentum"])))
+        return times_blocks(whole.reshape(-1, whole.shape[-1]), state["gain"]).reshape(whole.shape)
+
+    def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
+        """Brings C and P up to date; a matrix whose inputs were never seen takes its gradient's second moment for C."""
+        layout = _layout(group)
+        changed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for parameter in parameters:
             state = self.state[parameter]
-            assert parameter.grad is not None
-            gradient = parameter.grad.float()
-            if not state:
-                state["momentum"] = _float_zeros(parameter)
-            if refresh or "precision" not in state:
-                self._refresh(group, state, gradient, seen.get(id(parameter)))
-            momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-            lookahead = gradient.lerp(momentum, group["momentum"])
-            by_shape.setdefault(tuple(parameter.shape), []).append((parameter, lookahead @ state["precision"]))
-        for shape, pairs in by_shape.items():
-            dtype = torch.bfloat16 if has_fast_bfloat16(pairs[0][0].device) else torch.float32
-            updates = newton_schulz(torch.stack([update for _, update in pairs]), dtype=dtype)
-            scale = group["lr"] * 0.2 * max(shape) ** 0.5
-            for (parameter, _), update in zip(pairs, updates, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.to(parameter.dtype), alpha=-scale)
+            if id(parameter) in seen:
+                total, count = seen[id(parameter)]
+                observed = total / count
+            elif state.get("from_inputs", False):
+                continue
+            else:
+                whole = layout.whole(whole_tensor(_gradient(parameter, group)).float())
+                blocks = block_count(whole.shape[-1], group["block_size"])
+                observed = block_gram(whole.reshape(-1, whole.shape[-1]), blocks)
+            from_inputs = id(parameter) in seen
+            if state.get("from_inputs") != from_inputs:
+                state["covariance"] = observed.clone()
+            else:
+                state["covariance"].lerp_(observed, 1 - group["curvature_decay"])
+            state["from_inputs"] = from_inputs
+            changed.setdefault((observed.shape, from_inputs), []).append(state)
+        for (_, from_inputs), states in changed.items():
+            # G^T G holds the output side's scale too: its square root is the whitening of one side (Shampoo).
+            inverse = damped_inverse if from_inputs else inverse_square_root
+            gains = inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
+            for state, gain in zip(states, gains, strict=True):
+                state["gain"] = gain.clone()
 
-    def _refresh(
-        self, group: dict[str, Any], state: dict[str, Any], gradient: Tensor, activation: Tensor | None
-    ) -> None:
-        """Brings C and P up to date; without activations C is the gradient's own second moment."""
-        observed = gradient.T @ gradient if activation is None else activation
-        if "covariance" not in state:
-            state["covariance"] = observed.clone()
-        else:
-            state["covariance"].lerp_(observed, 1 - group["curvature_decay"])
-        # G^T G holds the output side's scale too: its square root is the whitening of one side (Shampoo).
-        inverse = inverse_square_root if activation is None else damped_inverse
-        state["precision"] = inverse(state["covariance"], group["damping"])
+    def _refreshes_next(self) -> bool:
+        return any(
+            group["method"] == "exact" or (group["method"] == "kalma" and group["step"] % group["refresh_every"] == 0)
+            for group in self.param_groups
+        )
+
+    def _check_model(self, model: nn.Module) -> tuple[dict[int, int], dict[int, str]]:
+        """The matrices of the groups that are parameters of the model: their largest blocks and names, by ``id``."""
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = [group for group in self.param_groups if group["method"] != "adamw"]
+        matrices = {id(p): group for group in groups for p in group["params"] if id(p) in names}
+        tables = [names[key] for key in {id(p) for p in embeddings_of(model)} & matrices.keys()]
+        if tables:
+            raise ValueError(
+                f"{_listed(tables)} is an embedding or a head, whose inputs are not what Kalma is for; make the groups "
+                "with kalma_groups(model), or give it method adamw"
+            )
+        for module in model.modules():
+            if is_transposed_linear(module) and not matrices.get(id(module.weight), {"transposed": True})["transposed"]:
+                raise ValueError(
+                    f"{names[id(module.weight)]} is stored as (inputs, outputs); make the groups with "
+                    "kalma_groups(model), or give its group transposed=True"
+                )
+        sizes = {key: 2**62 if g["method"] == "exact" else g["block_size"] for key, g in matrices.items()}
+        return sizes, {key: names[key] for key in matrices}
+
+    def _shapes_of_statistics(self) -> dict[int, tuple[int, int, int]]:
+        """The shape of C for each watched matrix, in the order of the groups."""
+        assert self._statistics is not None
+        shapes = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in self._statistics.watched:
+                    features = _layout(group).inputs(parameter.shape)
+                    blocks = 1 if group["method"] == "exact" else block_count(features, group["block_size"])
+                    size = -(-features // blocks)
+                    shapes[id(parameter)] = (blocks, size, size)
+        return shapes
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy watches no model until it is attached; options that an older version did not know get defaults."""
+        super().__setstate__(state)
+        # load_state_dict comes through here too, and must not end the watch.
+        self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_process_group", None)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; the statistics stay float32 whatever the type of the parameters."""
-        super().load_state_dict(state_dict)
+        """Restores a state; the statistics stay float32 whatever the type of the parameters.
+
+        Raises:
+            ValueError: The state is of other parameters; nothing is changed.
+        """
         parameters = [p for group in self.param_groups for p in group["params"]]
         saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        for parameter, index in zip(parameters, saved_ids, strict=True):
-            for name, value in state_dict["state"].get(index, {}).items():
+        states = [state_dict["state"].get(index, {}) for index in saved_ids]
+        for parameter, state in zip(parameters, states, strict=False):
+            for name in ("momentum", "exp_avg"):
+                if name in state and state[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"the state is of a parameter of shape {tuple(state[name].shape)}, but this optimiser has "
+                        f"{tuple(parameter.shape)} in its place; load the state into an optimiser of the same model"
+                    )
+        super().load_state_dict(state_dict)
+        for parameter, state in zip(parameters, states, strict=True):
+            for name, value in state.items():
                 if isinstance(value, Tensor) and name != "step":
                     self.state[parameter][name] = value.to(parameter.device).clone()
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
 
 
-def kalma_groups(
-    model: nn.Module,
-    *,
-    lr: float = 0.02,
-    weight_decay: float = 0.1,
-    auxiliary_lr: float = 3e-3,
-    auxiliary_weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Divides a model's parameters: hidden matrices to Kalma; embeddings, heads and all else to AdamW.
-
-    Embeddings and the head are known by their modules and by identity, so a tied head is never taken for a matrix.
-
-    Args:
-        model: Any module; ``get_output_embeddings()`` is asked for the head where it exists, else a linear layer
-            named ``lm_head`` or ``head`` is it.
-        lr: Of the matrices.
-        weight_decay: Of the matrices.
-        auxiliary_lr: Of the rest.
-        auxiliary_weight_decay: Of the rest.
-
-    Returns:
-        Two groups for :class:`Kalma`, each with its parameters' names in ``names``.
-    """
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
-    find_head: Callable[[], nn.Module | None] = getattr(model, "get_output_embeddings", lambda: None)
-    head = find_head()
-    tables |= {id(p) for p in head.parameters()} if head is not None else set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in ("lm_head", "head"):
-            tables.add(id(module.weight))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [(name, p) for name, p in named if p.ndim == 2 and min(p.shape) > 1 and id(p) not in tables]
-    chosen = {id(p) for _, p in matrices}
-    rest = [(name, p) for name, p in named if id(p) not in chosen]
-    groups = (
-        ("kalma", matrices, lr, weight_decay),
-        ("adamw", rest, auxiliary_lr, auxiliary_weight_decay),
-    )
-    return [
-        {
-            "method": method,
-            "params": [p for _, p in members],
-            "names": [name for name, _ in members],
-            "lr": rate,
-            "weight_decay": decay,
-        }
-        for method, members, rate, decay in groups
-        if members
-    ]
+def _check_group(group: dict[str, Any]) -> None:
+    """Refuses settings out of range and parameters that do not fit the group's method."""
+    for name, low, high in (
+        ("lr", 0.0, float("inf")),
+        ("weight_decay", 0.0, float("inf")),
+        ("momentum", 0.0, 1.0),
+        ("curvature_decay", 0.0, 1.0),
+    ):
+        _check_range(name, float(group[name]), low, high)
+    for beta in group["betas"]:
+        _check_range("betas", beta, 0.0, 1.0)
+    if not 0 < group["damping"] < float("inf"):
+        raise ValueError(f"damping must be positive, got {group['damping']}")
+    for name in ("refresh_every", "block_size"):
+        if group[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {group[name]}")
+    if group["method"] is None:
+        matrices = {p.ndim == 2 for p in group["params"]}
+        if len(matrices) > 1:
+            raise ValueError(
+                "a group of matrices and vectors needs to be divided: use kalma_groups(model), or give each group a "
+                "method"
+            )
+        group["method"] = "kalma" if matrices != {False} else "adamw"
+    if group["method"] not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {group['method']!r}")
+    for parameter in group["params"]:
+        if parameter.is_complex() or parameter.is_sparse:
+            raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
+        if group["method"] == "exact" and parameter.ndim != 2:
+            raise ValueError(f"method exact needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw")
+        if group["method"] == "kalma":
+            _layout(group).check(parameter.shape)
 
 
-def describe_groups(groups: list[dict[str, Any]]) -> str:
-    """Who gets what: a line a group with its method, lr, and how many tensors and parameters."""
-    lines = []
-    for group in groups:
-        count = sum(p.numel() for p in group["params"])
-        names = sorted({_role(name) for name in group["names"]})
-        lines.append(
-            f"{group['method']}: {len(group['params'])} tensors, {count:,} parameters, lr {group['lr']:g}, "
-            f"weight decay {group['weight_decay']:g} ({', '.join(names)})"
-        )
-    return "\n".join(lines)
+def _layout(group: dict[str, Any]) -> Layout:
+    return Layout(group["transposed"], group["split_sizes"], group["stacked"])
 
 
-def _role(name: str) -> str:
-    """The part of a parameter's name that says what it is: ``q_proj`` of ``layers.3.q_proj.weight``."""
-    parts = [part for part in name.split(".") if not part.isdigit() and part not in ("weight", "bias", "bases")]
-    return parts[-1] if parts else name
+def _gradient(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """The direction uphill of what is minimised."""
+    assert parameter.grad is not None
+    return -parameter.grad if group["maximize"] else parameter.grad
 
 
 def _split_by_method(params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -338,28 +432,39 @@ def _split_by_method(params: Iterable[Any]) -> list[dict[str, Any]]:
     items = list(params)
     if items and isinstance(items[0], dict):
         return items
-    values = [item[1] if isinstance(item, tuple) else item for item in items]
-    split: tuple[tuple[Literal["kalma", "adamw"], list[Tensor]], ...] = (
-        ("kalma", [p for p in values if p.ndim == 2]),
-        ("adamw", [p for p in values if p.ndim != 2]),
-    )
-    groups = [{"method": method, "params": members} for method, members in split if members]
-    return groups or [{"params": []}]
+    split: dict[Literal["kalma", "adamw"], list[Any]] = {"kalma": [], "adamw": []}
+    for item in items:
+        parameter = item[1] if isinstance(item, tuple) else item
+        split["kalma" if parameter.ndim == 2 else "adamw"].append(item)
+    return [{"method": method, "params": members} for method, members in split.items() if members]
 
 
-def _with_finite_gradient(parameters: list[Tensor]) -> list[Tensor]:
-    present = [p for p in parameters if p.grad is not None]
+def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
+    """The group's parameters that have a gradient, without those whose gradient is not finite."""
+    present = [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
     if not present:
         return []
-    norms = torch.stack([p.grad.norm() for p in present if p.grad is not None])
-    finite = torch.isfinite(norms).tolist()
+    if any(p.grad.is_sparse for _, p in present):
+        raise RuntimeError("Kalma cannot use sparse gradients; make the embedding with sparse=False")
+    finite = torch.isfinite(torch.stack([whole_tensor(p.grad.norm()) for _, p in present])).tolist()
     if not all(finite):
-        warnings.warn(
-            f"{finite.count(False)} of {len(finite)} gradients are not finite; those parameters keep their values",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return [p for p, good in zip(present, finite, strict=True) if good]
+        names = group.get("names") or group.get("param_names")
+        bad = [
+            names[index] if names else f"a parameter of shape {tuple(p.shape)}"
+            for (index, p), good in zip(present, finite, strict=True)
+            if not good
+        ]
+        _warn(f"the gradient of {_listed(bad)} is not finite; it keeps its value")
+    return [p for (_, p), good in zip(present, finite, strict=True) if good]
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _float_zeros(parameter: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from kalmagrove.data.packing import PackedText
 from kalmagrove.evaluation.perplexity import Scores, score_tokens
 from kalmagrove.models.accounting import count_parameters, training_flops_per_token
-from kalmagrove.optim.kalma import describe_groups, kalma_groups
+from kalmagrove.optim.groups import describe_groups, kalma_groups
 from kalmagrove.training.config import TrainConfig
 from kalmagrove.training.environment import peak_memory_bytes
 from kalmagrove.training.run import TrainingRun

@@ -1,0 +1,116 @@
+"""Kalma on several ranks gives what one process gives."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed, multiprocessing, nn
+from torch.nn import functional as F
+
+from kalmagrove.optim.distributed import average_across_ranks
+from kalmagrove.optim.groups import kalma_groups
+from kalmagrove.optim.kalma import Kalma
+
+RANKS = 2
+STEPS = 5
+
+pytestmark = pytest.mark.skipif(
+    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch.distributed has no gloo here"
+)
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 16), nn.LayerNorm(16), nn.Linear(16, 3))
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, optimizer: Kalma, rank: int = 0, ranks: int = 1) -> None:
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x = batch(step).chunk(ranks)[rank]
+        F.mse_loss(model(x), torch.stack([x[:, 0], x[:, 1].sin(), x[:, 2:].sum(1)], dim=1)).backward()
+        optimizer.step()
+
+
+def kalma(model: nn.Module) -> Kalma:
+    optimizer = Kalma(kalma_groups(model), refresh_every=2)
+    optimizer.attach(model)
+    return optimizer
+
+
+def one_process() -> dict[str, torch.Tensor]:
+    model = small_model()
+    train(model, kalma(model))
+    return model.state_dict()
+
+
+def start(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+
+
+def data_parallel(rank: int, folder: str) -> None:
+    start(rank, folder)
+    model = nn.parallel.DistributedDataParallel(small_model())
+    optimizer = kalma(model.module)
+    train(model, optimizer, rank, RANKS)
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def fully_sharded(rank: int, folder: str) -> None:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    start(rank, folder)
+    model = small_model()
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = kalma(model)
+    train(model, optimizer, rank, RANKS)
+    whole = {name: value.full_tensor() for name, value in get_model_state_dict(model).items()}
+    torch.save(whole, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def uneven_statistics(rank: int, folder: str) -> None:
+    """Only the first rank saw the second matrix, and nobody the third."""
+    start(rank, folder)
+    seen = {1: (torch.full((1, 2, 2), 1.0 + rank), 3 + rank)} | ({2: (torch.ones(1, 3, 3), 5)} if rank == 0 else {})
+    shapes = {1: (1, 2, 2), 2: (1, 3, 3), 3: (2, 1, 1)}
+    together = average_across_ranks(seen, shapes, device=torch.device("cpu"))
+    torch.save(together, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def on_all_ranks(function: Any, folder: Path) -> list[dict[Any, Any]]:
+    multiprocessing.spawn(function, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("function", [data_parallel, fully_sharded])
+def test_ranks_train_as_one_process_with_the_whole_batch(function: Any, tmp_path: Path) -> None:
+    expected, results = one_process(), on_all_ranks(function, tmp_path)
+    for name, value in expected.items():
+        assert torch.equal(results[0][name], results[1][name]), name
+        assert torch.allclose(results[0][name], value, atol=2e-3), name
+
+
+def test_statistics_that_not_every_rank_has_are_summed(tmp_path: Path) -> None:
+    for together in on_all_ranks(uneven_statistics, tmp_path):
+        assert together.keys() == {1, 2}
+        assert together[1][1] == 7 and torch.equal(together[1][0], torch.full((1, 2, 2), 3.0))
+        assert together[2][1] == 5 and torch.equal(together[2][0], torch.ones(1, 3, 3))
+
+
+def test_one_process_sends_nothing() -> None:
+    seen = {1: (torch.ones(1, 2, 2), 3)}
+    assert average_across_ranks(seen, {1: (1, 2, 2)}, device=torch.device("cpu")) is seen
