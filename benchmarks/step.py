@@ -153,7 +153,11 @@ def main() -> None:
             f"{memory / 2**20:>10,.0f}"
         )
     if options.out is not None:
-        described = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+        described = {
+            key: str(value) if isinstance(value, Path) else value
+            for key, value in vars(options).items()
+            if key != "out"
+        }
         record = {"options": described, "environment": describe_environment(), "rows": rows}
         options.out.write_text(json.dumps(record, indent=2), "utf-8")
 
