@@ -1,0 +1,79 @@
+"""The optimisers that are compared, each with the settings that its own tuning chose and four learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from kalmagrove.optim.build import build_optimizers
+from kalmagrove.optim.groups import kalma_groups
+
+Optimizers = list[torch.optim.Optimizer]
+
+# Of embeddings, head and vectors beside every matrix optimiser.
+AUXILIARY_LR = 3e-3
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An optimiser of a whole model.
+
+    Attributes:
+        build: Makes it for a model and a learning rate.
+        learning_rates: The trials; every method has the same number.
+        warmup: Part of the run over which the learning rate rises.
+    """
+
+    build: Callable[[nn.Module, float], Optimizers]
+    learning_rates: tuple[float, ...]
+    warmup: float = 0.02
+
+
+def adamw(model: nn.Module, lr: float) -> Optimizers:
+    """AdamW for everything."""
+    return build_optimizers("adamw", model, lr=lr, betas=BETAS)
+
+
+def muon(model: nn.Module, lr: float) -> Optimizers:
+    """``torch.optim.Muon`` for the matrices, AdamW for the rest."""
+    return build_optimizers("muon", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
+
+
+def kalma(model: nn.Module, lr: float) -> Optimizers:
+    """Kalma as it comes, attached."""
+    return build_optimizers("kalma", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
+
+
+def soap(model: nn.Module, lr: float, precondition_frequency: int = 10) -> Optimizers:
+    """SOAP of pytorch-optimizer for the matrices, AdamW for the rest.
+
+    Raises:
+        ModuleNotFoundError: The benchmark extra is not installed.
+    """
+    from pytorch_optimizer import SOAP
+
+    groups = {g["method"]: g["params"] for g in kalma_groups(model)}
+    matrices = SOAP(
+        groups["kalma"],
+        lr=lr,
+        betas=(0.95, 0.95),
+        weight_decay=0.1,
+        precondition_frequency=precondition_frequency,
+    )
+    rest = torch.optim.AdamW(groups["adamw"], lr=AUXILIARY_LR, betas=BETAS, weight_decay=0.0)
+    for optimizer in (matrices, rest):
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [matrices, rest]
+
+
+METHODS = {
+    "adamw": Method(adamw, (1.5e-3, 3e-3, 6e-3, 1.2e-2), warmup=0.1),
+    "muon": Method(muon, (0.01, 0.02, 0.04, 0.08)),
+    "soap": Method(soap, (1.5e-3, 3e-3, 6e-3, 1.2e-2), warmup=0.1),
+    "kalma": Method(kalma, (0.01, 0.02, 0.04, 0.08)),
+}

@@ -1,0 +1,95 @@
+"""Trains the same model with each optimiser and prints the losses; goes on where it was stopped.
+
+    python benchmarks/optimizers.py --data books.txt --scales llama-1.7m-2k --seeds 0
+    python benchmarks/optimizers.py --methods kalma soap --seeds 0 1 2 --out runs/optimizers
+
+Each method is tried at its four learning rates with the first seed; the best goes on with the other seeds. A run leaves
+one JSON file under --out and is not repeated. SOAP needs the extra "benchmarks". Two runs go side by side, one thread
+each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kalmagrove.commands.parsing import open_data
+from kalmagrove.data.packing import open_packed
+from kalmagrove.training.config import DataConfig
+from optimizer_lab.methods import METHODS
+from optimizer_lab.runs import SCALES, Job, train_job, write_record
+
+
+def run_job(job: Job, *, data_folder: Path, out: Path) -> dict[str, Any]:
+    """The record of a job: read where it exists, else trained and written."""
+    path = out / f"{job.name}.json"
+    if not path.exists():
+        torch.set_num_threads(1)
+        write_record(path, train_job(job, METHODS[job.method], open_packed(data_folder, verify=False)))
+    return json.loads(path.read_text("utf-8"))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    loss = "diverged" if record["diverged"] else f"{record['valid']:.4f}"
+    return (
+        f"{record['scale']:<18}{record['method']:<8}{record['lr']:>8g}{record['seed']:>5}{loss:>10}"
+        f"{record['step_seconds'] * 1e3:>9.0f}{record['optimizer_seconds'] * 1e3:>9.1f}{record['spikes']:>7}"
+    )
+
+
+def best_rate(records: list[dict[str, Any]], method: str) -> float:
+    """The learning rate with the lowest validation loss."""
+    trials = [record for record in records if record["method"] == method]
+    return min(trials, key=lambda record: math.inf if record["diverged"] else record["valid"])["lr"]
+
+
+def main() -> None:
+    """Runs what is missing and prints everything."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="file or folder of text; left out: the standard library of this Python")
+    parser.add_argument("--scales", nargs="+", choices=list(SCALES), default=["llama-1.7m-2k"])
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--part", type=float, default=1.0, help="part of each scale's tokens")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
+    options = parser.parse_args()
+    data = open_data(DataConfig(source=options.data))
+    run = partial(run_job, data_folder=data.folder, out=options.out)
+    print(f"{'scale':<18}{'method':<8}{'lr':>8}{'seed':>5}{'valid':>10}{'ms/step':>9}{'optim ms':>9}{'spikes':>7}")
+    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for scale in options.scales:
+            first, *others = options.seeds
+            tuning = [
+                Job(scale, method, lr, first, options.part)
+                for method in options.methods
+                for lr in METHODS[method].learning_rates
+            ]
+            records = []
+            for record in pool.map(run, tuning):
+                records.append(record)
+                print(describe(record), flush=True)
+            best = {method: best_rate(records, method) for method in options.methods}
+            repeats = [Job(scale, m, best[m], seed, options.part) for m in options.methods for seed in others]
+            for record in pool.map(run, repeats):
+                records.append(record)
+                print(describe(record), flush=True)
+            for method, lr in best.items():
+                losses = [r["valid"] for r in records if (r["method"], r["lr"]) == (method, lr) and not r["diverged"]]
+                print(
+                    f"{scale}: {method} at its best rate {lr:g}: {statistics.fmean(losses):.4f} ({len(losses)} seeds)"
+                )
+
+
+if __name__ == "__main__":
+    main()
