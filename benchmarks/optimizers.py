@@ -15,6 +15,7 @@ import json
 import math
 import multiprocessing
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,21 +25,25 @@ import torch
 
 from kalmagrove.commands.parsing import open_data
 from kalmagrove.data.packing import open_packed
+from kalmagrove.files import write_json_atomic
 from kalmagrove.training.config import DataConfig
 from optimizer_lab.methods import METHODS
-from optimizer_lab.runs import SCALES, Job, train_job, write_record
+from optimizer_lab.runs import SCALES, Job, train_job
+
+Record = dict[str, Any]
 
 
-def run_job(job: Job, *, data_folder: Path, out: Path) -> dict[str, Any]:
+def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
     """The record of a job: read where it exists, else trained and written."""
     path = out / f"{job.name}.json"
     if not path.exists():
         torch.set_num_threads(1)
-        write_record(path, train_job(job, METHODS[job.method], open_packed(data_folder, verify=False)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, train_job(job, METHODS[job.method], open_packed(data_folder, verify=False)))
     return json.loads(path.read_text("utf-8"))
 
 
-def describe(record: dict[str, Any]) -> str:
+def describe(record: Record) -> str:
     """One line of the table."""
     loss = "diverged" if record["diverged"] else f"{record['valid']:.4f}"
     return (
@@ -47,10 +52,23 @@ def describe(record: dict[str, Any]) -> str:
     )
 
 
-def best_rate(records: list[dict[str, Any]], method: str) -> float:
+def best_rate(records: list[Record], method: str) -> float:
     """The learning rate with the lowest validation loss."""
     trials = [record for record in records if record["method"] == method]
     return min(trials, key=lambda record: math.inf if record["diverged"] else record["valid"])["lr"]
+
+
+def compare_at(scale: str, options: argparse.Namespace, run_all: Callable[[list[Job]], list[Record]]) -> None:
+    """Tunes every method with the first seed, then repeats the best rate with the others."""
+    first, *others = options.seeds
+    rates = [(method, lr) for method in options.methods for lr in METHODS[method].learning_rates]
+    records = run_all([Job(scale, method, lr, first, options.part) for method, lr in rates])
+    best = {method: best_rate(records, method) for method in options.methods}
+    records += run_all([Job(scale, m, lr, seed, options.part) for m, lr in best.items() for seed in others])
+    for method, lr in best.items():
+        losses = [r["valid"] for r in records if (r["method"], r["lr"]) == (method, lr) and not r["diverged"]]
+        mean = f"{statistics.fmean(losses):.4f} ({len(losses)} seeds)" if losses else "diverged"
+        print(f"{scale}: {method} at its best rate {lr:g}: {mean}")
 
 
 def main() -> None:
@@ -68,27 +86,16 @@ def main() -> None:
     run = partial(run_job, data_folder=data.folder, out=options.out)
     print(f"{'scale':<18}{'method':<8}{'lr':>8}{'seed':>5}{'valid':>10}{'ms/step':>9}{'optim ms':>9}{'spikes':>7}")
     with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for scale in options.scales:
-            first, *others = options.seeds
-            tuning = [
-                Job(scale, method, lr, first, options.part)
-                for method in options.methods
-                for lr in METHODS[method].learning_rates
-            ]
+
+        def run_all(jobs: list[Job]) -> list[Record]:
             records = []
-            for record in pool.map(run, tuning):
+            for record in pool.map(run, jobs):
                 records.append(record)
                 print(describe(record), flush=True)
-            best = {method: best_rate(records, method) for method in options.methods}
-            repeats = [Job(scale, m, best[m], seed, options.part) for m in options.methods for seed in others]
-            for record in pool.map(run, repeats):
-                records.append(record)
-                print(describe(record), flush=True)
-            for method, lr in best.items():
-                losses = [r["valid"] for r in records if (r["method"], r["lr"]) == (method, lr) and not r["diverged"]]
-                print(
-                    f"{scale}: {method} at its best rate {lr:g}: {statistics.fmean(losses):.4f} ({len(losses)} seeds)"
-                )
+            return records
+
+        for scale in options.scales:
+            compare_at(scale, options, run_all)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kalmagrove.optim.build import build_optimizers
+from kalmagrove.optim.build import build_optimizers, remember_peak_rates
 from kalmagrove.optim.groups import kalma_groups
 
 Optimizers = list[torch.optim.Optimizer]
@@ -56,19 +56,20 @@ def soap(model: nn.Module, lr: float, precondition_frequency: int = 10) -> Optim
     """
     from pytorch_optimizer import SOAP
 
-    groups = {g["method"]: g["params"] for g in kalma_groups(model)}
+    parameters: dict[str, list[nn.Parameter]] = {"kalma": [], "adamw": []}
+    for group in kalma_groups(model):
+        parameters[group["method"]] += group["params"]
     matrices = SOAP(
-        groups["kalma"],
+        parameters["kalma"],
         lr=lr,
         betas=(0.95, 0.95),
         weight_decay=0.1,
         precondition_frequency=precondition_frequency,
     )
-    rest = torch.optim.AdamW(groups["adamw"], lr=AUXILIARY_LR, betas=BETAS, weight_decay=0.0)
-    for optimizer in (matrices, rest):
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return [matrices, rest]
+    rest = torch.optim.AdamW(parameters["adamw"], lr=AUXILIARY_LR, betas=BETAS, weight_decay=0.0)
+    optimizers = [matrices, rest]
+    remember_peak_rates(optimizers)
+    return optimizers
 
 
 METHODS = {

@@ -52,9 +52,10 @@ def test_the_decoding_cache_is_as_large_as_computed(family: str, length: int) ->
     assert cache.num_bytes() == decoding_bytes(config, length)
 
 
+@pytest.mark.parametrize("wide", [{}, {"intermediate_size": 1100}], ids=["", "wide"])
 @pytest.mark.parametrize("name", ["adamw", "muon", "kalma"])
-def test_optimizer_memory_is_as_large_as_computed(name: str) -> None:
-    config = model_config("kalmagrove", SIZES)
+def test_optimizer_memory_is_as_large_as_computed(name: str, wide: dict[str, int]) -> None:
+    config = model_config("kalmagrove", SIZES | wide)
     model = build_model(config, 0)
     optimizers = build_optimizers(name, model, lr=0.01)  # type: ignore[arg-type]
     ids = torch.randint(0, 99, (2, 12))

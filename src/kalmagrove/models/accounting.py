@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -144,6 +145,7 @@ def training_memory(
 
 
 def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
+    from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape
     from kalmagrove.optim.groups import kalma_groups
 
     if optimizer == "adamw":
@@ -154,7 +156,8 @@ def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
             if group["method"] == "adamw":
                 values += 2 * parameter.numel()
             else:
-                curvature = 2 * parameter.shape[1] ** 2 if optimizer == "kalma" else 0
+                covariance = math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE))
+                curvature = 2 * covariance if optimizer == "kalma" else 0
                 values += parameter.numel() + curvature
     return 4 * values
 

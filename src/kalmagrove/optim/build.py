@@ -71,10 +71,15 @@ def build_optimizers(
         optimizers = [torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=lr, betas=betas)]
     else:
         raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
+    remember_peak_rates(optimizers)
+    return optimizers
+
+
+def remember_peak_rates(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Keeps every group's rate as its peak, which :func:`scale_learning_rates` multiplies."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-    return optimizers
 
 
 def scale_learning_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+BLOCK_SIZE = 1024
+"""Largest block of C and P unless a user says otherwise."""
+
 
 def newton_schulz(matrix: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Nearly the orthogonal polar factor of the last two axes (Jordan's quintic, singular values in about .7-1.2).
@@ -54,6 +57,13 @@ def inverse_square_root(covariance: Tensor, damping: float) -> Tensor:
 def block_count(features: int, block_size: int) -> int:
     """Blocks that cut ``features`` into equal parts of at most ``block_size``."""
     return -(-features // block_size)
+
+
+def blocks_shape(features: int, block_size: int) -> tuple[int, int, int]:
+    """(blocks, size, size) of the C or P of ``features`` inputs."""
+    blocks = block_count(features, block_size)
+    size = -(-features // blocks)
+    return blocks, size, size
 
 
 def in_blocks(rows: Tensor, blocks: int) -> Tensor:

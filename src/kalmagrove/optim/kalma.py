@@ -31,8 +31,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from kalmagrove.optim.curvature import (
+    BLOCK_SIZE,
     block_count,
     block_gram,
+    blocks_shape,
     damped_inverse,
     inverse_square_root,
     newton_schulz,
@@ -82,7 +84,7 @@ class Kalma(torch.optim.Optimizer):
         damping: float = 0.1,
         curvature_decay: float = 0.95,
         refresh_every: int = 10,
-        block_size: int = 1024,
+        block_size: int = BLOCK_SIZE,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         maximize: bool = False,
@@ -330,21 +332,18 @@ class Kalma(torch.optim.Optimizer):
                     f"{names[id(module.weight)]} is stored as (inputs, outputs); make the groups with "
                     "kalma_groups(model), or give its group transposed=True"
                 )
-        sizes = {key: 2**62 if g["method"] == "exact" else g["block_size"] for key, g in matrices.items()}
+        sizes = {key: _block_size(group) for key, group in matrices.items()}
         return sizes, {key: names[key] for key in matrices}
 
     def _shapes_of_statistics(self) -> dict[int, tuple[int, int, int]]:
         """The shape of C for each watched matrix, in the order of the groups."""
         assert self._statistics is not None
-        shapes = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if id(parameter) in self._statistics.watched:
-                    features = _layout(group).inputs(parameter.shape)
-                    blocks = 1 if group["method"] == "exact" else block_count(features, group["block_size"])
-                    size = -(-features // blocks)
-                    shapes[id(parameter)] = (blocks, size, size)
-        return shapes
+        return {
+            id(parameter): blocks_shape(_layout(group).inputs(parameter.shape), _block_size(group))
+            for group in self.param_groups
+            for parameter in group["params"]
+            if id(parameter) in self._statistics.watched
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy watches no model until it is attached; options that an older version did not know get defaults."""
@@ -419,6 +418,11 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _layout(group: dict[str, Any]) -> Layout:
     return Layout(group["transposed"], group["split_sizes"], group["stacked"])
+
+
+def _block_size(group: dict[str, Any]) -> int:
+    """The exact method never cuts P."""
+    return 2**62 if group["method"] == "exact" else int(group["block_size"])
 
 
 def _gradient(parameter: Tensor, group: dict[str, Any]) -> Tensor:
