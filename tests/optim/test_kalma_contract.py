@@ -423,3 +423,15 @@ def test_padding_does_not_count() -> None:
     optimizer.step()
     kept = x[mask.bool()]
     assert torch.allclose(optimizer.state[model[0].weight]["covariance"][0], kept.T @ kept / 7, atol=1e-5)
+
+
+def test_double_parameters_keep_their_precision() -> None:
+    ours, theirs = (nn.Parameter(torch.full((5,), 1 / 3, dtype=torch.float64)) for _ in range(2))
+    kalma = Kalma([{"params": [ours], "method": "adamw", "lr": 0.01, "weight_decay": 0.1}], betas=(0.8, 0.9))
+    adamw = torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.8, 0.9))
+    for step in range(4):
+        ours.grad = torch.full((5,), step - 1 / 7, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        kalma.step()
+        adamw.step()
+    assert torch.allclose(ours, theirs, rtol=1e-14, atol=0)

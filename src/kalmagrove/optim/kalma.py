@@ -209,14 +209,14 @@ class Kalma(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter] |= {
                     "step": torch.tensor(0.0),
-                    "exp_avg": _float_zeros(parameter),
-                    "exp_avg_sq": _float_zeros(parameter),
+                    "exp_avg": torch.zeros_like(parameter, dtype=_master_type(parameter)),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=_master_type(parameter)),
                 }
         if not parameters:
             return
         states = [self.state[p] for p in parameters]
-        # The moments are float32 whatever the parameter is: torch's fused and foreach kernels want one type.
-        masters = [p if p.dtype == torch.float32 else p.float() for p in parameters]
+        # The moments are float32 or better whatever the parameter is, and torch's kernels want one type.
+        masters = [p.to(_master_type(p)) for p in parameters]
         adamw(
             masters,
             [p.grad.to(m.dtype) for p, m in zip(parameters, masters, strict=True) if p.grad is not None],
@@ -254,7 +254,7 @@ class Kalma(torch.optim.Optimizer):
         layout = _layout(group)
         for parameter in parameters:
             if not self.state[parameter]:
-                self.state[parameter]["momentum"] = _float_zeros(parameter)
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
         refresh = group["step"] % group["refresh_every"] == 0
         self._refresh(group, [p for p in parameters if refresh or "gain" not in self.state[p]], seen)
         by_shape: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
@@ -471,8 +471,8 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
-def _float_zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.preserve_format)
+def _master_type(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
