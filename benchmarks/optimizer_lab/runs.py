@@ -107,7 +107,7 @@ def train_job(job: Job, method: Method, data: PackedText) -> dict[str, Any]:
         "step_seconds": statistics.median(seconds[3:] or seconds),
         # Some steps refresh and take longer: the mean counts them, the median would not.
         "optimizer_seconds": statistics.fmean(clock.seconds[3:] or clock.seconds),
-        "state_bytes": sum(_state_bytes(optimizer) for optimizer in run.optimizers),
+        "state_bytes": sum(state_bytes(optimizer) for optimizer in run.optimizers),
         "threads": torch.get_num_threads(),
         "data_fingerprint": data.fingerprint,
         "environment": describe_environment(),
@@ -147,7 +147,8 @@ class _OptimizerClock:
             self._total = 0.0
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Memory of an optimiser's state."""
     return sum(
         value.nbytes
         for state in optimizer.state_dict()["state"].values()
