@@ -3,20 +3,20 @@
     python benchmarks/optimizers.py --data books.txt --scales llama-1.7m-2k --seeds 0
     python benchmarks/optimizers.py --methods kalma soap --seeds 0 1 2 --out runs/optimizers
 
-Each method is tried at its four learning rates with the first seed; the best goes on with the other seeds. A run leaves
-one JSON file under --out and is not repeated. SOAP needs the extra "benchmarks". Two runs go side by side, one thread
-each.
+Each method is tried at its four learning rates with the first seed; the best goes on with the other seeds. Kalma at its
+best rate is also trained for parts of the length (--lengths), each with its whole schedule, which tells how many of a
+rival's steps it needs. A run leaves one JSON file under --out and is not repeated; a table, a summary and two pictures
+come at the end of each scale. SOAP needs the extra "benchmarks". Two runs go side by side, one thread each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from kalmagrove.data.packing import open_packed
 from kalmagrove.files import write_json_atomic
 from kalmagrove.training.config import DataConfig
 from optimizer_lab.methods import METHODS
+from optimizer_lab.pictures import save_pictures
 from optimizer_lab.runs import SCALES, Job, train_job
+from optimizer_lab.summary import best_rate, steps_needed, summarize, table
 
 Record = dict[str, Any]
 
@@ -52,23 +54,39 @@ def describe(record: Record) -> str:
     )
 
 
-def best_rate(records: list[Record], method: str) -> float:
-    """The learning rate with the lowest validation loss."""
-    trials = [record for record in records if record["method"] == method]
-    return min(trials, key=lambda record: math.inf if record["diverged"] else record["valid"])["lr"]
-
-
 def compare_at(scale: str, options: argparse.Namespace, run_all: Callable[[list[Job]], list[Record]]) -> None:
-    """Tunes every method with the first seed, then repeats the best rate with the others."""
-    first, *others = options.seeds
+    """Tunes every method with the first seed, repeats the best rate with the others, and shortens Kalma's runs."""
+    first = options.seeds[0]
     rates = [(method, lr) for method in options.methods for lr in METHODS[method].learning_rates]
-    records = run_all([Job(scale, method, lr, first, options.part) for method, lr in rates])
-    best = {method: best_rate(records, method) for method in options.methods}
-    records += run_all([Job(scale, m, lr, seed, options.part) for m, lr in best.items() for seed in others])
-    for method, lr in best.items():
-        losses = [r["valid"] for r in records if (r["method"], r["lr"]) == (method, lr) and not r["diverged"]]
-        mean = f"{statistics.fmean(losses):.4f} ({len(losses)} seeds)" if losses else "diverged"
-        print(f"{scale}: {method} at its best rate {lr:g}: {mean}")
+    trials = run_all([Job(scale, method, lr, first, options.part) for method, lr in rates])
+    best = {method: best_rate(trials, method) for method in options.methods}
+    repeats = run_all([Job(scale, m, lr, seed, options.part) for m, lr in best.items() for seed in options.seeds])
+    shorter = run_all(
+        [
+            Job(scale, options.candidate, best[options.candidate], seed, options.part * length)
+            for length in sorted(options.lengths)
+            for seed in options.seeds
+        ]
+        if options.candidate in best
+        else []
+    )
+    summaries = [summarize(trials, repeats, method) for method in options.methods]
+    own = [r for r in repeats if r["method"] == options.candidate] + shorter
+    needed = {
+        method: steps_needed(own, [r for r in repeats if r["method"] == method], options.part)
+        for method in options.methods
+        if own and method != options.candidate
+    }
+    print("\n" + table(scale, summaries, needed, options.candidate) + "\n", flush=True)
+    folder = options.out / scale
+    write_json_atomic(
+        folder / f"summary-part{options.part:g}.json",
+        {
+            "summaries": [asdict(summary) for summary in summaries],
+            "steps_needed": {method: asdict(part) if part else None for method, part in needed.items()},
+        },
+    )
+    save_pictures(scale, repeats, folder / f"part{options.part:g}.png")
 
 
 def main() -> None:
@@ -79,6 +97,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", type=float, default=1.0, help="part of each scale's tokens")
+    parser.add_argument("--candidate", choices=list(METHODS), default="kalma", help="the method that is shortened")
+    parser.add_argument("--lengths", nargs="*", type=float, default=[0.35, 0.5, 0.65, 0.8, 0.95])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/optimizers"))
     options = parser.parse_args()

@@ -23,9 +23,7 @@ def save_pictures(scale: str, records: list[dict[str, Any]], path: Path) -> None
                 continue
             scaling = runs[0]["tokens_per_step"] / 1e6 if unit == "tokens" else _seconds_per_step(runs)
             places = [point["step"] * scaling for point in runs[0]["curve"]]
-            losses = [
-                statistics.fmean(points) for points in zip(*(_losses(r) for r in runs), strict=True)
-            ]
+            losses = [statistics.fmean(points) for points in zip(*(_losses(r) for r in runs), strict=True)]
             width = 2.4 if method == "kalma" else 1.5
             axes.plot(places, losses, color=COLOURS[method], lw=width, label=method, zorder=3 if width > 2 else 2)
             ends.append(losses[-1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,8 +97,62 @@ def part_of_steps(lengths: dict[float, float], target: float) -> float | None:
     rows = sorted(lengths.items())
     if rows[0][1] <= target:
         return rows[0][0]
-    for (short, high), (long, low) in zip(rows, rows[1:], strict=False):
+    for (short, high), (long, low) in itertools.pairwise(rows):
         if low <= target:
             weight = (high - target) / (high - low)
             return math.exp(math.log(short) * (1 - weight) + math.log(long) * weight)
     return None
+
+
+def steps_needed(candidate: Sequence[Record], rival: Sequence[Record], part: float) -> Interval | None:
+    """How many of a rival's steps the candidate needs for the rival's final loss, over seeds.
+
+    Args:
+        candidate: Its runs of all lengths and seeds.
+        rival: The runs of full length.
+        part: That length, as the records have it.
+
+    Returns:
+        As parts of the full run; None where the candidate does not reach the loss with some seed.
+    """
+    parts = []
+    for record in rival:
+        lengths = {r["part"] / part: valid_loss(r) for r in candidate if r["seed"] == record["seed"]}
+        reached = part_of_steps(lengths, valid_loss(record))
+        if reached is None:
+            return None
+        parts.append(reached)
+    return mean_interval(parts)
+
+
+def table(scale: str, summaries: Sequence[MethodSummary], needed: dict[str, Interval | None], candidate: str) -> str:
+    """Markdown, a row a method."""
+    columns = [
+        "lr",
+        "valid loss",
+        "within 1 % over",
+        f"steps of {candidate}",
+        "spikes",
+        "ms a step",
+        "own share",
+        "state",
+    ]
+    lines = ["| " + " | ".join([scale, *columns]) + " |", "| :-- |" + " --: |" * len(columns)]
+    for row in summaries:
+        loss = "diverged" if row.loss is None else _interval(row.loss)
+        reached = "" if row.method not in needed else _interval(needed[row.method], 2) + "x"
+        lines.append(
+            f"| {row.method} | {row.lr:g} | {loss} | {row.span:g}x | {reached} | {row.spikes} | "
+            f"{row.step_seconds * 1e3:.0f} | {row.optimizer_share:.1%} | {row.state_bytes / 1e6:.1f} MB |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(interval: Interval | None, digits: int = 3) -> str:
+    if interval is None:
+        return "not reached: > 1"
+    middle = f"{interval.mean:.{digits}f}"
+    if interval.bounds is None:
+        return middle
+    low, high = interval.bounds
+    return f"{middle} ({low:.{digits}f}-{high:.{digits}f})"
