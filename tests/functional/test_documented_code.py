@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-PAGE = Path(__file__).parents[2] / "docs" / "guides" / "parts.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+GUIDES = Path(__file__).parents[2] / "docs" / "guides"
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in ("parts", "kalma")
+    for number, block in enumerate(re.findall(r"```python\n(.*?)```", (GUIDES / f"{page}.md").read_text(), re.DOTALL))
+]
 
 
-def test_the_page_has_an_example_for_each_part() -> None:
-    assert len(BLOCKS) == 3
+def test_the_pages_have_an_example_for_each_part_and_for_the_optimiser() -> None:
+    assert len(BLOCKS) == 4
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=["kalma", "grove", "arnold"])
+@pytest.mark.parametrize("block", BLOCKS)
 def test_an_example_runs(block: str) -> None:
     torch.manual_seed(0)
-    exec(compile(block, str(PAGE), "exec"), {})
+    exec(compile(block, "<guide>", "exec"), {})
