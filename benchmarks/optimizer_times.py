@@ -23,6 +23,7 @@ from kalmagrove.precision import autocast, choose_device, choose_precision
 from kalmagrove.training.environment import describe_environment
 from optimizer_lab.methods import METHODS
 from optimizer_lab.runs import state_bytes
+from step import random_tokens
 
 WARMUP_ROUNDS = 3
 
@@ -40,6 +41,7 @@ class Contestant:
 
     def step(self, tokens: torch.Tensor) -> tuple[float, float]:
         """Seconds of a step on ``tokens`` (batch, context + 1), and of its optimiser."""
+        tokens = tokens.to(self.device)
         started = self._now()
         with autocast(self.precision, self.device):
             loss = self.model.token_loss_sum(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()  # type: ignore[operator]
@@ -58,21 +60,16 @@ class Contestant:
         return time.perf_counter()
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every measured step and optimiser step, by method."""
-    contestants = {method: Contestant(method, options) for method in options.methods}
+def measure(contestants: dict[str, Contestant], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every measured step and optimiser step, by method; all take turns."""
     seconds: dict[str, dict[str, list[float]]] = {m: {"step": [], "optimizer": []} for m in contestants}
-    generator = torch.Generator().manual_seed(0)
-    shape = (options.batch_size, options.context_length + 1)
     for step in range(WARMUP_ROUNDS + options.rounds):
-        tokens = torch.randint(options.vocab_size, shape, generator=generator).to(choose_device(options.device))
+        tokens = random_tokens(options, step)
         for method, contestant in contestants.items():
             whole, own = contestant.step(tokens)
             if step >= WARMUP_ROUNDS:
                 seconds[method]["step"].append(whole)
                 seconds[method]["optimizer"].append(own)
-    for method, contestant in contestants.items():
-        seconds[method]["state_bytes"] = [sum(map(state_bytes, contestant.optimizers))]
     return seconds
 
 
@@ -89,7 +86,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    seconds = measure(options)
+    contestants = {method: Contestant(method, options) for method in options.methods}
+    seconds = measure(contestants, options)
+    memory = {method: sum(map(state_bytes, contestant.optimizers)) for method, contestant in contestants.items()}
     means = {method: statistics.fmean(values["step"]) for method, values in seconds.items()}
     references = [method for method in ("adamw", "muon") if method in means]
     print(f"{'optimiser':<10}{'ms/step':>9}{'own ms':>8}{'share':>7}{'state MB':>10}", end="")
@@ -97,11 +96,16 @@ def main() -> None:
     for method, mean in means.items():
         own = statistics.fmean(seconds[method]["optimizer"])
         print(f"{method:<10}{mean * 1e3:>9.0f}{own * 1e3:>8.1f}{own / mean:>7.1%}", end="")
-        print(f"{seconds[method]['state_bytes'][0] / 1e6:>10.1f}", end="")
+        print(f"{memory[method] / 1e6:>10.1f}", end="")
         print("".join(f"{mean / means[reference]:>12.3f}x" for reference in references), flush=True)
     if options.out is not None:
         described = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        record = {"options": described, "environment": describe_environment(), "seconds": seconds}
+        record = {
+            "options": described,
+            "environment": describe_environment(),
+            "seconds": seconds,
+            "state_bytes": memory,
+        }
         write_json_atomic(options.out, record)
 
 

@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,9 +29,7 @@ from kalmagrove.training.config import DataConfig
 from optimizer_lab.methods import METHODS
 from optimizer_lab.pictures import save_pictures
 from optimizer_lab.runs import SCALES, Job, train_job
-from optimizer_lab.summary import best_rate, steps_needed, summarize, table
-
-Record = dict[str, Any]
+from optimizer_lab.summary import Record, best_rate, steps_needed, summarize, table
 
 
 def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:

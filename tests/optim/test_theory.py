@@ -136,6 +136,7 @@ def test_the_noise_matters_only_against_the_prior() -> None:
 def test_an_orthogonal_change_of_outputs_turns_the_step() -> None:
     gradient, p, turn = draw(OUTPUTS, INPUTS, seed=1), positive(INPUTS, seed=2), rotation(OUTPUTS, seed=3)
     assert torch.allclose(polar(turn @ gradient @ p), turn @ polar(gradient @ p), atol=1e-10)
+    assert torch.allclose(newton_schulz(turn @ gradient @ p), turn.float() @ newton_schulz(gradient @ p), atol=1e-4)
 
 
 def test_an_invertible_change_of_inputs_does_not_change_what_the_unwhitened_step_does() -> None:
