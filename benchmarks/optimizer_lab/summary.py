@@ -140,7 +140,7 @@ def table(scale: str, summaries: Sequence[MethodSummary], needed: dict[str, Inte
     lines = ["| " + " | ".join([scale, *columns]) + " |", "| :-- |" + " --: |" * len(columns)]
     for row in summaries:
         loss = "diverged" if row.loss is None else _interval(row.loss)
-        reached = "" if row.method not in needed else _interval(needed[row.method], 2) + "x"
+        reached = _steps(needed[row.method]) if row.method in needed else ""
         lines.append(
             f"| {row.method} | {row.lr:g} | {loss} | {row.span:g}x | {reached} | {row.spikes} | "
             f"{row.step_seconds * 1e3:.0f} | {row.optimizer_share:.1%} | {row.state_bytes / 1e6:.1f} MB |"
@@ -148,9 +148,11 @@ def table(scale: str, summaries: Sequence[MethodSummary], needed: dict[str, Inte
     return "\n".join(lines)
 
 
-def _interval(interval: Interval | None, digits: int = 3) -> str:
-    if interval is None:
-        return "not reached: > 1"
+def _steps(part: Interval | None) -> str:
+    return "loss not reached" if part is None else f"{_interval(part, digits=2)} x"
+
+
+def _interval(interval: Interval, digits: int = 3) -> str:
     middle = f"{interval.mean:.{digits}f}"
     if interval.bounds is None:
         return middle
