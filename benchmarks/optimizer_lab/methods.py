@@ -48,7 +48,9 @@ def kalma(model: nn.Module, lr: float) -> Optimizers:
     return build_optimizers("kalma", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
 
 
-def soap(model: nn.Module, lr: float, precondition_frequency: int = 10) -> Optimizers:
+def soap(
+    model: nn.Module, lr: float, precondition_frequency: int = 10, auxiliary_lr: float = AUXILIARY_LR
+) -> Optimizers:
     """SOAP of pytorch-optimizer for the matrices, AdamW for the rest.
 
     Raises:
@@ -66,7 +68,7 @@ def soap(model: nn.Module, lr: float, precondition_frequency: int = 10) -> Optim
         weight_decay=0.1,
         precondition_frequency=precondition_frequency,
     )
-    rest = torch.optim.AdamW(parameters["adamw"], lr=AUXILIARY_LR, betas=BETAS, weight_decay=0.0)
+    rest = torch.optim.AdamW(parameters["adamw"], lr=auxiliary_lr, betas=BETAS, weight_decay=0.0)
     optimizers = [matrices, rest]
     remember_peak_rates(optimizers)
     return optimizers

@@ -12,16 +12,18 @@ SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "head_dim"
 
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama", "kalmagrove"])
-def test_groups_hold_every_parameter_once_and_embeddings_go_to_adamw(preset: str) -> None:
+def test_groups_hold_every_parameter_once_and_embeddings_are_tables(preset: str) -> None:
     model = build_model(model_config(preset, SIZES), 0)
-    matrices, rest = kalma_groups(model)
-    assert len(matrices["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    groups = kalma_groups(model)
+    matrices, tables, rest = groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert all("embed" not in name for name in matrices["names"])
     assert all(p.ndim == 2 for p in matrices["params"])
-    assert "model.embed_tokens.weight" in rest["names"]
-    text = describe_groups([matrices, rest])
+    assert "model.embed_tokens.weight" in tables["names"]
+    assert not any("embed" in name for name in rest["names"])
+    text = describe_groups(groups)
     assert text.startswith(f"kalma: {len(matrices['params'])} tensors, ")
-    assert "adamw: " in text and "embed_tokens" in text
+    assert "table: " in text and "embed_tokens" in text and "adamw: " in text
 
 
 def test_a_tied_head_is_found_by_identity() -> None:
@@ -31,7 +33,7 @@ def test_a_tied_head_is_found_by_identity() -> None:
     assert groups[0]["names"] == ["hidden.weight"]
 
 
-def test_an_untied_head_goes_to_adamw() -> None:
+def test_an_untied_head_is_a_table() -> None:
     model = build_model(model_config("llama", SIZES | {"tie_word_embeddings": False}), 0)
     assert "lm_head.weight" in kalma_groups(model)[1]["names"]
 

@@ -16,9 +16,9 @@ def build_optimizers(
     model: nn.Module,
     *,
     lr: float,
-    auxiliary_lr: float = 3e-3,
+    auxiliary_lr: float = 1e-2,
     weight_decay: float = 0.1,
-    momentum: float = 0.95,
+    momentum: float = 0.9,
     damping: float = 0.1,
     refresh_every: int = 10,
     betas: tuple[float, float] = (0.9, 0.95),
@@ -50,7 +50,7 @@ def build_optimizers(
         optimizers = [kalma]
     elif name == "muon":
         matrices = [g for g in groups if g["method"] == "kalma"]
-        rest = [g for g in groups if g["method"] == "adamw"]
+        rest = [g for g in groups if g["method"] != "kalma"]
         optimizers = [
             torch.optim.Muon(
                 group["params"],
@@ -60,7 +60,7 @@ def build_optimizers(
                 adjust_lr_fn="match_rms_adamw",
             )
             for group in matrices
-        ] + [torch.optim.AdamW(group["params"], lr=auxiliary_lr, betas=betas, weight_decay=0.0) for group in rest]
+        ] + [torch.optim.AdamW([p for g in rest for p in g["params"]], lr=auxiliary_lr, betas=betas, weight_decay=0.0)]
     elif name == "adamw":
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]

@@ -16,13 +16,13 @@ FUSED_PROJECTIONS = {"c_attn": 3, "qkv": 3, "qkv_proj": 3, "in_proj_weight": 3}
 def kalma_groups(
     model: nn.Module,
     *,
-    lr: float = 0.02,
+    lr: float = 3e-3,
     weight_decay: float = 0.1,
-    auxiliary_lr: float = 3e-3,
+    auxiliary_lr: float = 1e-2,
     auxiliary_weight_decay: float = 0.0,
     fused: Mapping[str, int] = FUSED_PROJECTIONS,
 ) -> list[dict[str, Any]]:
-    """Divides a model's parameters: hidden matrices to Kalma; embeddings, heads and all else to AdamW.
+    """Divides a model's parameters: hidden matrices to Kalma, embeddings and heads to its tables, all else to AdamW.
 
     Embeddings and the head are known by their modules and by identity, so a tied head is never taken for a matrix.
     Convolutions over all channels are matrices; depth-wise ones are vectors. A 3-D parameter with "experts" in its name
@@ -31,10 +31,10 @@ def kalma_groups(
     Args:
         model: Any module; ``get_output_embeddings()`` is asked for the head where it exists, else a linear layer
             named ``lm_head`` or ``head`` is it.
-        lr: Of the matrices.
-        weight_decay: Of the matrices.
-        auxiliary_lr: Of the rest.
-        auxiliary_weight_decay: Of the rest.
+        lr: Of the hidden matrices.
+        weight_decay: Of the hidden matrices.
+        auxiliary_lr: Of embeddings, heads and vectors.
+        auxiliary_weight_decay: Of embeddings, heads and vectors.
         fused: Parts of names of parameters that fuse matrices, with their number. Applied where the outputs can be
             divided by it; for unequal parts make a group of your own with ``split_sizes``.
 
@@ -47,6 +47,7 @@ def kalma_groups(
         id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) and m.groups == 1
     }
     matrices: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
+    vocabularies: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -58,13 +59,18 @@ def kalma_groups(
             outputs = parameter.shape[-1 if is_transposed else 0]
             split = None if stacked else _split_sizes(name, outputs, fused)
             matrices.setdefault((is_transposed, split, stacked), []).append((name, parameter))
+        elif parameter.ndim == 2 and id(parameter) in tables:
+            vocabularies.append((name, parameter))
         else:
             rest.append((name, parameter))
     groups = [
         _group("kalma", members, lr, weight_decay) | {"transposed": key[0], "split_sizes": key[1], "stacked": key[2]}
         for key, members in matrices.items()
     ]
-    return groups + ([_group("adamw", rest, auxiliary_lr, auxiliary_weight_decay)] if rest else [])
+    others = {"table": vocabularies, "adamw": rest}
+    return groups + [
+        _group(method, members, auxiliary_lr, auxiliary_weight_decay) for method, members in others.items() if members
+    ]
 
 
 def embeddings_of(model: nn.Module) -> Iterator[Tensor]:

@@ -1,71 +1,72 @@
 """Kalma: the Kalman filter's update for weight matrices, as a ``torch.optim.Optimizer`` (equation 3).
 
 For a layer y = W h the filter's gain is K = P H^T (H P H^T + R)^-1, with H the layer's input. Over a batch this is
-the gradient multiplied by P on the input side, and by the inverse of the innovation's covariance on the other:
+the gradient multiplied by P on the input side, and by the inverse of the innovation's covariance:
 
-    M   = moving average of the gradient G, with look-ahead     (the innovation z - H theta, filtered)
     C   = moving average of h h^T                               (the information H^T H that a step brings)
     P   = (C + damping * mean(diag C) I)^-1                     (covariance of the estimate)
-    U   = orthogonal polar factor of M P                        (the innovation whitened by its own covariance)
-    W  <- (1 - lr * weight_decay) W - lr * 0.2 sqrt(max(rows, columns)) U
+    M   = moving average of the gradient G, with look-ahead     (the innovation z - H theta, filtered)
+    U   = M P whitened by the covariance of G P                 (see :mod:`kalmagrove.optim.whitening`)
+    W  <- (1 - lr * weight_decay) W - lr U
 
-With P = I this is Muon (Jordan, 2024) with the RMS-matched scale of arXiv:2502.16982; P is what the activations
-add. Vectors, embeddings and output heads are trained by AdamW in the same optimiser.
+With P = I this is SOAP (arXiv:2409.11321) with look-ahead; P is what the activations add. Embeddings and output heads
+(method "table") are whitened on the side of their features alone and have no P; vectors are trained by AdamW.
 
 A group with ``method="exact"`` (and ``lr=1``) is the filter to the letter for a layer whose loss is half the sum of
 squared errors: ``noise`` is R = r I, ``prior`` the variance of each weight before the first step, ``forgetting`` as in
 :func:`kalmagrove.optim.kalman.predict`. It keeps and inverts P^-1 every step and is meant for small layers.
 
-Where not to use it: for embeddings or heads (their inputs are one-hot; :func:`kalma_groups` leaves them to
-AdamW), and with sparse or complex parameters.
+Where not to use it: with sparse or complex parameters.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from kalmagrove.optim.curvature import (
-    BLOCK_SIZE,
-    block_count,
-    block_gram,
-    blocks_shape,
-    damped_inverse,
-    inverse_square_root,
-    newton_schulz,
-    times_blocks,
-)
+from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape, damped_inverse, times_blocks
 from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_tensor
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
-from kalmagrove.precision import has_fast_bfloat16
+from kalmagrove.optim.whitening import PartState, Whitening
 
-METHODS = ("kalma", "adamw", "exact")
+METHODS = ("kalma", "table", "adamw", "exact")
 
 Seen = dict[int, tuple[Tensor, int]]
+
+
+class _Part(NamedTuple):
+    """One of the matrices of the parameter with this number."""
+
+    parameter: int
+    state: PartState
+    innovation: Tensor
+    gradient: Tensor
 
 
 class Kalma(torch.optim.Optimizer):
     """Kalman-filter steps for matrices, AdamW for the rest.
 
     Args:
-        params: Parameters or groups. A group's ``method`` is "kalma" (parameters of two axes or more), "exact" (of two)
-            or "adamw"; without it a parameter's number of axes decides. A group may have the options of a
-            :class:`~kalmagrove.optim.layout.Layout`: ``transposed``, ``split_sizes``, ``stacked``. For a whole model
-            use :func:`~kalmagrove.optim.groups.kalma_groups`: it knows these, and embeddings.
-        lr: Step of the matrices; 0.02 suits most small language models. Groups may have their own.
+        params: Parameters or groups. A group's ``method`` is "kalma" (parameters of two axes or more), "table"
+            (embeddings and heads), "exact" (two axes) or "adamw"; without it a parameter's number of axes decides. A
+            group may have the options of a :class:`~kalmagrove.optim.layout.Layout`: ``transposed``, ``split_sizes``,
+            ``stacked``. For a whole model use :func:`~kalmagrove.optim.groups.kalma_groups`: it knows all of these.
+        lr: Step of the matrices, of a size as AdamW's. Groups may have their own.
         weight_decay: Decoupled decay.
         momentum: Memory of the gradient's moving average.
+        variance_decay: Memory of the innovation's variance in its eigenbases.
+        covariance_decay: Memory of the covariances: the inputs' at each refresh, the innovation's at each step.
         damping: Of P, relative to the mean input power.
-        curvature_decay: Memory of C at each refresh.
-        refresh_every: Steps between refreshes of C and P.
-        block_size: C and P of wider inputs are cut into equal diagonal blocks of at most this size.
+        refresh_every: Steps between looks at the inputs, which renew C and P.
+        turn_every: Steps between turns of the eigenbases.
+        block_size: C, P and bases of wider sides are cut into equal diagonal blocks of at most this size.
         betas: AdamW's, for the groups with ``method="adamw"``.
         eps: AdamW's.
         maximize: Goes up instead of down.
@@ -77,13 +78,15 @@ class Kalma(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float | Tensor = 0.02,
+        lr: float | Tensor = 3e-3,
         *,
         weight_decay: float = 0.1,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
+        variance_decay: float = 0.99,
+        covariance_decay: float = 0.95,
         damping: float = 0.1,
-        curvature_decay: float = 0.95,
         refresh_every: int = 10,
+        turn_every: int = 3,
         block_size: int = BLOCK_SIZE,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
@@ -93,9 +96,11 @@ class Kalma(torch.optim.Optimizer):
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,
+            "variance_decay": variance_decay,
+            "covariance_decay": covariance_decay,
             "damping": damping,
-            "curvature_decay": curvature_decay,
             "refresh_every": refresh_every,
+            "turn_every": turn_every,
             "block_size": block_size,
             "betas": betas,
             "eps": eps,
@@ -123,7 +128,7 @@ class Kalma(torch.optim.Optimizer):
             raise
 
     def attach(self, model: nn.Module, *, process_group: Any = None) -> int:
-        """Watches the model's layers, so that P comes from their inputs instead of from gradients.
+        """Watches the model's layers, so that their inputs give P; without it P is the identity.
 
         Args:
             model: The model that is trained.
@@ -131,7 +136,7 @@ class Kalma(torch.optim.Optimizer):
                 ``torch.distributed`` is in use; None is all of them.
 
         Returns:
-            The number of matrices that are watched. The others, if any, keep to their gradients; a warning names them.
+            The number of matrices that are watched. The others, if any, have no P; a warning names them.
 
         Raises:
             ValueError: No matrix of the model is in the groups, or an embedding is among the matrices.
@@ -149,14 +154,14 @@ class Kalma(torch.optim.Optimizer):
             )
         unwatched = [name for key, name in names.items() if key not in statistics.watched]
         if unwatched:
-            _warn(f"no layer shows the inputs of {_listed(unwatched)}; P comes from their gradients")
+            _warn(f"no layer shows the inputs of {_listed(unwatched)}; there is no P for them")
         self._statistics, self._process_group = statistics, process_group
         # P is refreshed with the first step, and then with every refresh_every-th.
         statistics.active = self._refreshes_next()
         return len(statistics.watched)
 
     def detach(self) -> None:
-        """Stops watching; P then comes from gradients."""
+        """Stops watching; P stays as it is."""
         if self._statistics is not None:
             self._statistics.detach()
             self._statistics = None
@@ -252,60 +257,61 @@ class Kalma(torch.optim.Optimizer):
     @torch.compiler.disable
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         layout = _layout(group)
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum"] = torch.zeros_like(parameter, dtype=torch.float32)
-        refresh = group["step"] % group["refresh_every"] == 0
-        self._refresh(group, [p for p in parameters if refresh or "gain" not in self.state[p]], seen)
-        by_shape: dict[tuple[int, ...], list[tuple[int, int, Tensor]]] = {}
+        self._refresh(group, [p for p in parameters if id(p) in seen], seen)
+        by_shape: dict[tuple[int, ...], list[_Part]] = {}
         for index, parameter in enumerate(parameters):
-            for place, part in enumerate(layout.parts(self._innovation(group, layout, parameter))):
-                by_shape.setdefault(tuple(part.shape), []).append((index, place, part))
-        updates: list[dict[int, Tensor]] = [{} for _ in parameters]
-        for shape, waiting in by_shape.items():
-            dtype = torch.bfloat16 if has_fast_bfloat16(waiting[0][2].device) else torch.float32
-            whitened = newton_schulz(torch.stack([part for _, _, part in waiting]), dtype=dtype)
-            for (index, place, _), part in zip(waiting, whitened * (0.2 * max(shape[-2:]) ** 0.5), strict=True):
-                updates[index][place] = part
+            innovation, gradient = (layout.parts(whole) for whole in self._innovation(group, layout, parameter))
+            for place, pair in enumerate(zip(innovation, gradient, strict=True)):
+                part = _Part(index, PartState(self.state[parameter], place), *pair)
+                by_shape.setdefault(tuple(part.gradient.shape), []).append(part)
+        whitening = Whitening(
+            sides=("right",) if group["method"] == "table" else ("left", "right"),
+            variance_decay=group["variance_decay"],
+            covariance_decay=group["covariance_decay"],
+            block_size=group["block_size"],
+        )
+        updates: list[list[Tensor]] = [[] for _ in parameters]
+        for parts in by_shape.values():
+            whitened = whitening.whiten(
+                torch.stack([part.innovation for part in parts]),
+                torch.stack([part.gradient for part in parts]),
+                [part.state for part in parts],
+                turn=group["step"] % group["turn_every"] == 0,
+            )
+            for part, update in zip(parts, whitened, strict=True):
+                updates[part.parameter].append(update)
         lr = float(group["lr"])
-        for parameter, parts in zip(parameters, updates, strict=True):
-            update = layout.restore([parts[place] for place in sorted(parts)], parameter)
+        for parameter, update in zip(parameters, updates, strict=True):
+            whole = layout.restore(update, parameter)
             parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(as_shard(update.to(parameter.dtype), parameter), alpha=-lr)
+            parameter.add_(as_shard(whole.to(parameter.dtype), parameter), alpha=-lr)
 
-    def _innovation(self, group: dict[str, Any], layout: Layout, parameter: Tensor) -> Tensor:
-        """M P of one parameter, (..., outputs, inputs)."""
+    def _innovation(self, group: dict[str, Any], layout: Layout, parameter: Tensor) -> list[Tensor]:
+        """M P and G P of one parameter, (..., outputs, inputs); P is the identity where inputs were never seen."""
         state, gradient = self.state[parameter], _gradient(parameter, group).float()
-        momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        whole = layout.whole(whole_tensor(gradient.lerp(momentum, group["momentum"])))
-        return times_blocks(whole.reshape(-1, whole.shape[-1]), state["gain"]).reshape(whole.shape)
+        if "momentum" not in state:
+            state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
+        state["step"] += 1
+        momentum, decay = state["momentum"].lerp_(gradient, 1 - group["momentum"]), group["momentum"]
+        # The look-ahead's weights sum to this while the average is young.
+        lookahead = gradient.lerp(momentum, decay) / (1 - decay ** (state["step"] + 1))
+        both = [layout.whole(whole_tensor(tensor)) for tensor in (lookahead, gradient)]
+        if "gain" not in state:
+            return both
+        return [times_blocks(t.reshape(-1, t.shape[-1]), state["gain"]).reshape(t.shape) for t in both]
 
     def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
-        """Brings C and P up to date; a matrix whose inputs were never seen takes its gradient's second moment for C."""
-        layout = _layout(group)
-        changed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        """Brings C and P up to date with the inputs that were seen."""
+        changed: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         for parameter in parameters:
-            state = self.state[parameter]
-            if id(parameter) in seen:
-                total, count = seen[id(parameter)]
-                observed = total / count
-            elif state.get("from_inputs", False):
-                continue
+            state, (total, count) = self.state[parameter], seen[id(parameter)]
+            if "covariance" in state:
+                state["covariance"].lerp_(total / count, 1 - group["covariance_decay"])
             else:
-                whole = layout.whole(whole_tensor(_gradient(parameter, group)).float())
-                blocks = block_count(whole.shape[-1], group["block_size"])
-                observed = block_gram(whole.reshape(-1, whole.shape[-1]), blocks)
-            from_inputs = id(parameter) in seen
-            if state.get("from_inputs") != from_inputs:
-                state["covariance"] = observed.clone()
-            else:
-                state["covariance"].lerp_(observed, 1 - group["curvature_decay"])
-            state["from_inputs"] = from_inputs
-            changed.setdefault((observed.shape, from_inputs), []).append(state)
-        for (_, from_inputs), states in changed.items():
-            # G^T G holds the output side's scale too: its square root is the whitening of one side (Shampoo).
-            inverse = damped_inverse if from_inputs else inverse_square_root
-            gains = inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
+                state["covariance"] = total / count
+            changed.setdefault(tuple(total.shape), []).append(state)
+        for states in changed.values():
+            gains = damped_inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
             for state, gain in zip(states, gains, strict=True):
                 state["gain"] = gain.clone()
 
@@ -318,13 +324,13 @@ class Kalma(torch.optim.Optimizer):
     def _check_model(self, model: nn.Module) -> tuple[dict[int, int], dict[int, str]]:
         """The matrices of the groups that are parameters of the model: their largest blocks and names, by ``id``."""
         names = {id(p): name for name, p in model.named_parameters()}
-        groups = [group for group in self.param_groups if group["method"] != "adamw"]
+        groups = [group for group in self.param_groups if group["method"] in ("kalma", "exact")]
         matrices = {id(p): group for group in groups for p in group["params"] if id(p) in names}
         tables = [names[key] for key in {id(p) for p in embeddings_of(model)} & matrices.keys()]
         if tables:
             raise ValueError(
-                f"{_listed(tables)} is an embedding or a head, whose inputs are not what Kalma is for; make the groups "
-                "with kalma_groups(model), or give it method adamw"
+                f"{_listed(tables)} is an embedding or a head, which has no P; make the groups with "
+                "kalma_groups(model), or give it method table"
             )
         for module in model.modules():
             if is_transposed_linear(module) and not matrices.get(id(module.weight), {"transposed": True})["transposed"]:
@@ -387,14 +393,15 @@ def _check_group(group: dict[str, Any]) -> None:
         ("lr", 0.0, float("inf")),
         ("weight_decay", 0.0, float("inf")),
         ("momentum", 0.0, 1.0),
-        ("curvature_decay", 0.0, 1.0),
+        ("variance_decay", 0.0, 1.0),
+        ("covariance_decay", 0.0, 1.0),
     ):
         _check_range(name, float(group[name]), low, high)
     for beta in group["betas"]:
         _check_range("betas", beta, 0.0, 1.0)
     if not 0 < group["damping"] < float("inf"):
         raise ValueError(f"damping must be positive, got {group['damping']}")
-    for name in ("refresh_every", "block_size"):
+    for name in ("refresh_every", "turn_every", "block_size"):
         if group[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {group[name]}")
     if group["method"] is None:
@@ -412,7 +419,7 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
         if group["method"] == "exact" and parameter.ndim != 2:
             raise ValueError(f"method exact needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw")
-        if group["method"] == "kalma":
+        if group["method"] in ("kalma", "table"):
             _layout(group).check(parameter.shape)
 
 

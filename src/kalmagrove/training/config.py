@@ -124,9 +124,9 @@ class OptimConfig:
     Attributes:
         name: kalma (matrices by Kalma, the rest by AdamW), muon (matrices by torch's Muon, the rest by AdamW) or
             adamw.
-        lr: Peak learning rate; of the matrices for kalma and muon. Left out: 0.02 for kalma and muon, 3e-3 for adamw.
+        lr: Peak learning rate; of the matrices for kalma and muon. Left out: 5e-3 for muon, else 3e-3.
         lr_scale: Multiplies every learning rate.
-        auxiliary_lr: AdamW's learning rate for embeddings and vectors beside kalma and muon.
+        auxiliary_lr: Peak learning rate of embeddings, head and vectors for kalma and muon.
         weight_decay: Decoupled decay of the matrices.
         momentum: Of kalma and muon.
         damping: Of Kalma's P, relative to the mean input power.
@@ -134,16 +134,16 @@ class OptimConfig:
         beta1: AdamW's.
         beta2: AdamW's.
         schedule: Shape after the warm-up.
-        warmup: Part of the steps that the learning rate rises over. Left out: 0.1 for adamw, 0.02 for the others.
+        warmup: Part of the steps that the learning rate rises over. Left out: 0.02 for muon, 0.1 for the others.
         grad_clip: Largest norm of the gradient; 0 is no clipping.
     """
 
     name: OptimizerName = "kalma"
     lr: float | None = None
     lr_scale: float = 1.0
-    auxiliary_lr: float = 3e-3
+    auxiliary_lr: float = 1e-2
     weight_decay: float = 0.1
-    momentum: float = 0.95
+    momentum: float = 0.9
     damping: float = 0.1
     refresh_every: int = 10
     beta1: float = 0.9
@@ -170,13 +170,13 @@ class OptimConfig:
     @property
     def peak_lr(self) -> float:
         """Peak learning rate of the matrices."""
-        default = 3e-3 if self.name == "adamw" else 0.02
+        default = 5e-3 if self.name == "muon" else 3e-3
         return self.lr_scale * (default if self.lr is None else self.lr)
 
     @property
     def warmup_part(self) -> float:
         """Part of the run that is warm-up."""
-        return self.warmup if self.warmup is not None else (0.1 if self.name == "adamw" else 0.02)
+        return self.warmup if self.warmup is not None else (0.02 if self.name == "muon" else 0.1)
 
 
 @dataclass(frozen=True)

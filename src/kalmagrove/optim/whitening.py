@@ -1,0 +1,154 @@
+"""The innovation whitened by its own covariance: Kronecker-factored eigenbases, and a variance for each entry there.
+
+A matrix innovation N (outputs x inputs) has a covariance too large to hold. L = E[G G^T] and R = E[G^T G] give two
+bases in which it is nearly diagonal (Shampoo, arXiv:1802.09568; SOAP, arXiv:2409.11321); V is the diagonal:
+
+    U = Q_L (Q_L^T N Q_R / sqrt(V)) Q_R^T,    V = moving average of (Q_L^T G Q_R)^2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kalmagrove.optim.curvature import block_count, block_gram, times_blocks
+
+Side = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class PartState:
+    """What is kept of one of the matrices that a parameter holds, in the parameter's own flat state.
+
+    Attributes:
+        of_parameter: The state of the parameter, with the number of its "step", from 1.
+        place: Which of its matrices; names of the second have the ending ``_1``, and so on.
+    """
+
+    of_parameter: MutableMapping[str, Any]
+    place: int = 0
+
+    def __contains__(self, name: str) -> bool:
+        return self._key(name) in self.of_parameter
+
+    def __getitem__(self, name: str) -> Any:
+        return self.of_parameter[self._key(name)]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.of_parameter[self._key(name)] = value
+
+    def _key(self, name: str) -> str:
+        return f"{name}_{self.place}" if self.place else name
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """How the covariance of the innovations is followed.
+
+    Attributes:
+        sides: Sides that get an eigenbasis; the other keeps its axes.
+        variance_decay: Memory of V.
+        covariance_decay: Memory of L and R.
+        block_size: Bases of wider sides are block-diagonal, with equal blocks of at most this size.
+        floor: Added to V, relative to its mean over the matrix, so that rounding alone is never whitened.
+    """
+
+    sides: Sequence[Side]
+    variance_decay: float
+    covariance_decay: float
+    block_size: int
+    floor: float = 0.01
+
+    def whiten(self, innovation: Tensor, gradient: Tensor, states: Sequence[PartState], *, turn: bool) -> Tensor:
+        """The whitened innovations of matrices of one shape.
+
+        Args:
+            innovation: What is whitened, (matrices, ..., outputs, inputs).
+            gradient: What the covariance is learned from, of the same shape.
+            states: Of each matrix.
+            turn: Whether the bases follow L and R in this step; between such steps only L and R themselves do.
+
+        Returns:
+            Of the same shape. A zero innovation gives zero.
+        """
+        bases = {side: self._bases(side, gradient, states, turn) for side in self.sides}
+        turned = _turn(torch.stack([gradient, innovation]), bases)
+        variances = []
+        for state, square in zip(states, turned[0].square(), strict=True):
+            if "variance" not in state:
+                state["variance"] = torch.zeros_like(square)
+            state["variance"].lerp_(square, 1 - self.variance_decay)
+            variances.append(state["variance"] / (1 - self.variance_decay ** state.of_parameter["step"]))
+        variance = torch.stack(variances)
+        variance = variance + self.floor * variance.mean((-2, -1), keepdim=True)
+        return _turn(turned[1] * variance.clamp_min(1e-30).rsqrt(), bases, back=True)
+
+    def _bases(self, side: Side, gradient: Tensor, states: Sequence[PartState], turn: bool) -> Tensor:
+        """The eigenbases of one side, (matrices, ..., blocks, size, size), after ``gradient`` is taken in."""
+        rows = gradient if side == "right" else gradient.mT
+        grams = block_gram(rows, block_count(rows.shape[-1], self.block_size))
+        covariance, basis = f"{side}_covariance", f"{side}_basis"
+        known = [state for state in states if basis in state]
+        for state, gram in zip(states, grams, strict=True):
+            if basis in state:
+                state[covariance].lerp_(gram, 1 - self.covariance_decay)
+            else:
+                state[covariance], state[basis] = gram.clone(), eigenbasis(gram)
+        if turn and known:
+            stacked = [torch.stack([state[name] for state in known]) for name in (covariance, basis)]
+            for state, turned in zip(known, followed_basis(*stacked), strict=True):
+                state[basis] = turned.clone()
+        return torch.stack([state[basis] for state in states])
+
+
+def eigenbasis(covariance: Tensor, tie_break: float = 1e-3) -> Tensor:
+    """Orthonormal eigenvectors as columns, (..., n, n), by falling eigenvalue; the identity without information.
+
+    The order is the one that orthogonal iteration keeps.
+
+    Args:
+        covariance: (..., n, n), symmetric positive semi-definite.
+        tie_break: Of a slope added to the diagonal, relative to the largest entry. Where eigenvalues are equal, as in the
+            null space of the first gradient, it decides, and not rounding: two machines choose the same axes.
+    """
+    scale = covariance.abs().amax((-2, -1), keepdim=True)
+    usable = torch.isfinite(scale) & (scale > 0)
+    size = covariance.shape[-1]
+    identity = torch.eye(size, dtype=covariance.dtype, device=covariance.device)
+    slope = torch.linspace(tie_break, 0, size, dtype=covariance.dtype, device=covariance.device).diag()
+    safe = torch.where(usable, covariance / torch.where(usable, scale, torch.ones_like(scale)), identity)
+    return torch.where(usable, torch.linalg.eigh(safe + slope)[1].flip(-1), identity)
+
+
+def followed_basis(covariance: Tensor, basis: Tensor) -> Tensor:
+    """One step of orthogonal iteration from ``basis`` towards the eigenvectors of ``covariance``.
+
+    The axes keep their order, so that what was learned along them stays true; a basis that is computed anew would not.
+    By Cholesky-QR twice, which is products of matrices where QR is a chain of reflections; where a factor fails the old
+    basis stays.
+    """
+    trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+    # Directions without any gradient stay where they are instead of becoming noise.
+    turned, good = covariance @ basis + 1e-6 * trace * basis, trace > 0
+    for _ in range(2):
+        turned = turned / turned.norm(dim=-2, keepdim=True).clamp_min(1e-30)
+        gram = turned.mT @ turned
+        # The ridge lets columns that have nearly turned to one another pass; the second time sets their length right.
+        ridge = 1e-6 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge)
+        turned = torch.linalg.solve_triangular(factor.mT, turned, upper=True, left=False)
+        good = good & (failed == 0)[..., None, None]
+    good = good & torch.isfinite(turned).all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(good, turned, basis)
+
+
+def _turn(matrices: Tensor, bases: Mapping[Side, Tensor], *, back: bool = False) -> Tensor:
+    """``matrices`` in the coordinates of the bases, or back from them."""
+    for side, basis in bases.items():
+        axes = basis.mT if back else basis
+        matrices = times_blocks(matrices, axes) if side == "right" else times_blocks(matrices.mT, axes).mT
+    return matrices

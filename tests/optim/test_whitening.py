@@ -1,0 +1,144 @@
+"""The innovation whitened in its eigenbases."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kalmagrove.optim.whitening import PartState, Side, Whitening, eigenbasis, followed_basis
+
+BOTH: tuple[Side, ...] = ("left", "right")
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def positive(size: int, seed: int = 0, condition: float = 1e3) -> Tensor:
+    axes = torch.linalg.qr(draw(size, size, seed=seed))[0]
+    values = torch.logspace(0, -torch.tensor(condition).log10(), size, dtype=torch.float64)
+    return (axes * values) @ axes.mT
+
+
+def is_orthonormal(basis: Tensor, tolerance: float = 1e-4) -> bool:
+    identity = torch.eye(basis.shape[-1], dtype=basis.dtype)
+    return bool(torch.allclose(basis.mT @ basis, identity, atol=tolerance))
+
+
+def whitened(gradients: Sequence[Tensor], sides: Sequence[Side] = BOTH, **options: Any) -> Tensor:
+    """The last of a sequence of gradients of one matrix, whitened by all of them."""
+    states: list[dict[str, Any]] = [{"step": 0}]
+    whitening = Whitening(sides, variance_decay=0.9, covariance_decay=0.9, **{"block_size": 1024} | options)
+    for step, gradient in enumerate(gradients):
+        states[0]["step"] += 1
+        last = whitening.whiten(gradient[None], gradient[None], [PartState(states[0])], turn=step % 2 == 0)
+    return last[0]
+
+
+def test_an_eigenbasis_is_orthonormal_and_diagonalises() -> None:
+    covariance = positive(6)
+    basis = eigenbasis(covariance, tie_break=0.0)
+    diagonal = basis.mT @ covariance @ basis
+    assert is_orthonormal(basis, 1e-10)
+    assert torch.allclose(diagonal, torch.diag(diagonal.diagonal()), atol=1e-10)
+
+
+def test_rounding_does_not_choose_the_axes_of_a_null_space() -> None:
+    column = draw(8, 1).float()
+    exact, rounded = column @ column.mT, column @ column.mT + 1e-7 * draw(8, 8, seed=1).float()
+    bases = [eigenbasis((c + c.mT) / 2) for c in (exact, rounded)]
+    overlap = (bases[0].mT @ bases[1]).abs()
+    assert torch.allclose(overlap, torch.eye(8), atol=2e-2)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_an_eigenbasis_without_information_is_the_identity(value: float) -> None:
+    assert torch.equal(eigenbasis(torch.full((3, 3), value)), torch.eye(3))
+
+
+def test_a_followed_basis_comes_to_the_eigenvectors() -> None:
+    covariance, basis = positive(6, condition=100.0), torch.linalg.qr(draw(6, 6, seed=5))[0]
+    for _ in range(200):
+        basis = followed_basis(covariance, basis)
+    diagonal = basis.mT @ covariance @ basis
+    assert torch.allclose(diagonal, torch.diag(diagonal.diagonal()), atol=1e-4)
+
+
+def test_a_basis_that_is_right_stays() -> None:
+    covariance = positive(6)
+    basis = eigenbasis(covariance, tie_break=0.0)
+    assert torch.allclose(followed_basis(covariance, basis), basis, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_a_followed_basis_stays_orthonormal_in_float32(rank: int) -> None:
+    basis, covariance = torch.linalg.qr(draw(8, 8))[0].float(), torch.zeros(8, 8)
+    for step in range(300):
+        factor = draw(8, rank, seed=step).float()
+        covariance.lerp_(factor @ factor.mT, 0.05)
+        basis = followed_basis(covariance, basis)
+    assert is_orthonormal(basis, 1e-4)
+
+
+def test_axes_that_never_have_a_gradient_are_kept() -> None:
+    covariance = torch.zeros(6, 6)
+    covariance[:3, :3] = positive(3).float()
+    basis = eigenbasis(covariance)
+    for _ in range(50):
+        basis = followed_basis(covariance, basis)
+    assert is_orthonormal(basis)
+
+
+@pytest.mark.parametrize("bad", [0.0, float("nan")])
+def test_a_covariance_of_no_use_leaves_the_basis(bad: float) -> None:
+    basis = torch.linalg.qr(draw(4, 4))[0]
+    assert torch.allclose(followed_basis(torch.full((4, 4), bad, dtype=torch.float64), basis), basis, atol=1e-6)
+
+
+def test_gradients_of_one_direction_are_whitened_to_size_one() -> None:
+    """One singular value, however large it is, becomes about one; what rounding adds stays small."""
+    left, right = draw(5, 1, seed=1), draw(1, 4, seed=2)
+    direction = left @ right / (left.norm() * right.norm())
+    update = whitened([scale * direction for scale in (100.0, 100.0, 100.0)])
+    assert torch.allclose(update, direction, atol=1e-3)
+
+
+def test_a_stack_is_whitened_as_one_by_one() -> None:
+    stacks = [draw(3, 4, 6, seed=seed) for seed in range(4)]
+    states: list[dict[str, Any]] = [{"step": 0} for _ in range(3)]
+    whitening = Whitening(BOTH, variance_decay=0.9, covariance_decay=0.9, block_size=1024)
+    for step, stack in enumerate(stacks):
+        for state in states:
+            state["step"] += 1
+        together = whitening.whiten(stack, stack, [PartState(state) for state in states], turn=step % 2 == 0)
+    for number in range(3):
+        assert torch.allclose(together[number], whitened([stack[number] for stack in stacks]), atol=1e-9)
+
+
+def test_the_side_without_a_basis_keeps_its_axes() -> None:
+    """A change of sign of one output changes that output alone: no output is mixed with another."""
+    gradients = [draw(5, 3, seed=seed) for seed in range(4)]
+    signs = torch.tensor([1.0, -1.0, 1.0, 1.0, 1.0], dtype=torch.float64)[:, None]
+    plain, flipped = whitened(gradients, ("right",)), whitened([signs * g for g in gradients], ("right",))
+    assert torch.allclose(flipped, signs * plain, atol=1e-9)
+
+
+def test_blocks_of_a_wide_side_are_bases_of_their_own() -> None:
+    gradients = [draw(4, 6, seed=seed) for seed in range(4)]
+    wide = whitened(gradients, ("right",), block_size=3, floor=0.0)
+    halves = [whitened([g[:, part] for g in gradients], ("right",), floor=0.0) for part in (slice(3), slice(3, 6))]
+    assert torch.allclose(wide, torch.cat(halves, dim=1), atol=1e-9)
+
+
+def test_zero_stays_zero() -> None:
+    assert not whitened([torch.zeros(4, 6)] * 3).any()
+
+
+def test_the_second_part_has_names_of_its_own() -> None:
+    state: dict[str, Any] = {}
+    PartState(state)["variance"] = 1
+    PartState(state, 1)["variance"] = 2
+    assert state == {"variance": 1, "variance_1": 2}
+    assert "variance" in PartState(state, 1) and "variance" not in PartState(state, 2)
