@@ -32,7 +32,7 @@ def whitened_steps(
 ) -> list[Tensor]:
     """U of each gradient in turn, without momentum and P; the bases follow at every step."""
     state = {"step": 0} if state is None else state
-    whitening = Whitening(("left", "right"), 0.99, 0.95, block_size=1024, floor=floor)
+    whitening = Whitening(0.99, 0.95, block_size=1024, floor=floor)
     steps = []
     for gradient in gradients:
         state["step"] += 1

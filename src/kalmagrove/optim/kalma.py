@@ -34,7 +34,7 @@ from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_t
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
-from kalmagrove.optim.whitening import PartState, Whitening
+from kalmagrove.optim.whitening import PartState, Whitening, row_major
 
 METHODS = ("kalma", "table", "adamw", "exact")
 
@@ -265,7 +265,6 @@ class Kalma(torch.optim.Optimizer):
                 part = _Part(index, PartState(self.state[parameter], place), *pair)
                 by_shape.setdefault(tuple(part.gradient.shape), []).append(part)
         whitening = Whitening(
-            sides=("right",) if group["method"] == "table" else ("left", "right"),
             variance_decay=group["variance_decay"],
             covariance_decay=group["covariance_decay"],
             block_size=group["block_size"],
@@ -298,7 +297,8 @@ class Kalma(torch.optim.Optimizer):
         both = [layout.whole(whole_tensor(tensor)) for tensor in (lookahead, gradient)]
         if "gain" not in state:
             return both
-        return [times_blocks(t.reshape(-1, t.shape[-1]), state["gain"]).reshape(t.shape) for t in both]
+        rows = torch.stack(both)
+        return list(times_blocks(rows.reshape(-1, rows.shape[-1]), state["gain"]).reshape(rows.shape))
 
     def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         """Brings C and P up to date with the inputs that were seen."""
@@ -313,7 +313,7 @@ class Kalma(torch.optim.Optimizer):
         for states in changed.values():
             gains = damped_inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
             for state, gain in zip(states, gains, strict=True):
-                state["gain"] = gain.clone()
+                state["gain"] = row_major(gain)
 
     def _refreshes_next(self) -> bool:
         return any(

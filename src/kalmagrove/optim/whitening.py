@@ -19,6 +19,9 @@ from kalmagrove.optim.curvature import block_count, block_gram, times_blocks
 
 Side = Literal["left", "right"]
 
+LONGEST = 2.0
+"""A side that is more than this times as long as the other has no basis: it would cost most and brings nothing."""
+
 
 @dataclass(frozen=True)
 class PartState:
@@ -50,14 +53,12 @@ class Whitening:
     """How the covariance of the innovations is followed.
 
     Attributes:
-        sides: Sides that get an eigenbasis; the other keeps its axes.
         variance_decay: Memory of V.
         covariance_decay: Memory of L and R.
         block_size: Bases of wider sides are block-diagonal, with equal blocks of at most this size.
         floor: Added to V, relative to its mean over the matrix, so that rounding alone is never whitened.
     """
 
-    sides: Sequence[Side]
     variance_decay: float
     covariance_decay: float
     block_size: int
@@ -75,7 +76,7 @@ class Whitening:
         Returns:
             Of the same shape. A zero innovation gives zero.
         """
-        bases = {side: self._bases(side, gradient, states, turn) for side in self.sides}
+        bases = {side: self._bases(side, gradient, states, turn) for side in turned_sides(*gradient.shape[-2:])}
         turned = _turn(torch.stack([gradient, innovation]), bases)
         variances = []
         for state, square in zip(states, turned[0].square(), strict=True):
@@ -97,12 +98,18 @@ class Whitening:
             if basis in state:
                 state[covariance].lerp_(gram, 1 - self.covariance_decay)
             else:
-                state[covariance], state[basis] = gram.clone(), eigenbasis(gram)
+                state[covariance], state[basis] = row_major(gram), row_major(eigenbasis(gram))
         if turn and known:
             stacked = [torch.stack([state[name] for state in known]) for name in (covariance, basis)]
             for state, turned in zip(known, followed_basis(*stacked), strict=True):
-                state[basis] = turned.clone()
+                state[basis] = row_major(turned)
         return torch.stack([state[basis] for state in states])
+
+
+def turned_sides(outputs: int, inputs: int) -> list[Side]:
+    """The sides of a matrix that get an eigenbasis; the others keep their axes."""
+    lengths: tuple[tuple[Side, int], ...] = (("left", outputs), ("right", inputs))
+    return [side for side, length in lengths if length <= LONGEST * min(outputs, inputs)]
 
 
 def eigenbasis(covariance: Tensor, tie_break: float = 1e-3) -> Tensor:
@@ -112,8 +119,8 @@ def eigenbasis(covariance: Tensor, tie_break: float = 1e-3) -> Tensor:
 
     Args:
         covariance: (..., n, n), symmetric positive semi-definite.
-        tie_break: Of a slope added to the diagonal, relative to the largest entry. Where eigenvalues are equal, as in the
-            null space of the first gradient, it decides, and not rounding: two machines choose the same axes.
+        tie_break: Of a slope added to the diagonal, relative to the largest entry. Where eigenvalues are equal, as in
+            the null space of the first gradient, it decides, and not rounding: two machines choose the same axes.
     """
     scale = covariance.abs().amax((-2, -1), keepdim=True)
     usable = torch.isfinite(scale) & (scale > 0)
@@ -144,6 +151,11 @@ def followed_basis(covariance: Tensor, basis: Tensor) -> Tensor:
         good = good & (failed == 0)[..., None, None]
     good = good & torch.isfinite(turned).all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(good, turned, basis)
+
+
+def row_major(tensor: Tensor) -> Tensor:
+    """A copy in row-major order, so that products round as they will when the state was saved and loaded."""
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _turn(matrices: Tensor, bases: Mapping[Side, Tensor], *, back: bool = False) -> Tensor:
