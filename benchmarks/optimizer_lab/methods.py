@@ -13,8 +13,6 @@ from kalmagrove.optim.groups import kalma_groups
 
 Optimizers = list[torch.optim.Optimizer]
 
-# Of embeddings, head and vectors beside every matrix optimiser.
-AUXILIARY_LR = 3e-3
 BETAS = (0.9, 0.95)
 
 
@@ -38,19 +36,17 @@ def adamw(model: nn.Module, lr: float) -> Optimizers:
     return build_optimizers("adamw", model, lr=lr, betas=BETAS)
 
 
-def muon(model: nn.Module, lr: float) -> Optimizers:
+def muon(model: nn.Module, lr: float, auxiliary_lr: float = 1e-2) -> Optimizers:
     """``torch.optim.Muon`` for the matrices, AdamW for the rest."""
-    return build_optimizers("muon", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
+    return build_optimizers("muon", model, lr=lr, auxiliary_lr=auxiliary_lr, betas=BETAS, momentum=0.95)
 
 
 def kalma(model: nn.Module, lr: float) -> Optimizers:
     """Kalma as it comes, attached."""
-    return build_optimizers("kalma", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
+    return build_optimizers("kalma", model, lr=lr)
 
 
-def soap(
-    model: nn.Module, lr: float, precondition_frequency: int = 10, auxiliary_lr: float = AUXILIARY_LR
-) -> Optimizers:
+def soap(model: nn.Module, lr: float, auxiliary_lr: float = 1e-2, precondition_frequency: int = 10) -> Optimizers:
     """SOAP of pytorch-optimizer for the matrices, AdamW for the rest.
 
     Raises:
@@ -58,17 +54,20 @@ def soap(
     """
     from pytorch_optimizer import SOAP
 
-    parameters: dict[str, list[nn.Parameter]] = {"kalma": [], "adamw": []}
-    for group in kalma_groups(model):
-        parameters[group["method"]] += group["params"]
+    groups = kalma_groups(model, lr=lr, auxiliary_lr=auxiliary_lr)
     matrices = SOAP(
-        parameters["kalma"],
+        [p for group in groups if group["method"] == "kalma" for p in group["params"]],
         lr=lr,
         betas=(0.95, 0.95),
         weight_decay=0.1,
         precondition_frequency=precondition_frequency,
     )
-    rest = torch.optim.AdamW(parameters["adamw"], lr=auxiliary_lr, betas=BETAS, weight_decay=0.0)
+    rest = torch.optim.AdamW(
+        [p for group in groups if group["method"] != "kalma" for p in group["params"]],
+        lr=auxiliary_lr,
+        betas=BETAS,
+        weight_decay=0.0,
+    )
     optimizers = [matrices, rest]
     remember_peak_rates(optimizers)
     return optimizers
@@ -76,7 +75,7 @@ def soap(
 
 METHODS = {
     "adamw": Method(adamw, (1.5e-3, 3e-3, 6e-3, 1.2e-2), warmup=0.1),
-    "muon": Method(muon, (0.01, 0.02, 0.04, 0.08)),
+    "muon": Method(muon, (2.5e-3, 5e-3, 1e-2, 2e-2)),
     "soap": Method(soap, (1.5e-3, 3e-3, 6e-3, 1.2e-2), warmup=0.1),
-    "kalma": Method(kalma, (0.01, 0.02, 0.04, 0.08)),
+    "kalma": Method(kalma, (1.5e-3, 3e-3, 6e-3, 1.2e-2), warmup=0.1),
 }

@@ -147,18 +147,20 @@ def training_memory(
 def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
     from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape
     from kalmagrove.optim.groups import kalma_groups
+    from kalmagrove.optim.whitening import count_state
 
     if optimizer == "adamw":
         return 8 * sum(p.numel() for p in model.parameters())
     values = 0
     for group in kalma_groups(model):
+        is_matrix, is_whitened = group["method"] == "kalma", optimizer == "kalma" and group["method"] != "adamw"
         for parameter in group["params"]:
-            if group["method"] == "adamw":
-                values += 2 * parameter.numel()
-            else:
-                covariance = math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE))
-                curvature = 2 * covariance if optimizer == "kalma" else 0
-                values += parameter.numel() + curvature
+            values += parameter.numel()
+            if is_whitened:
+                values += count_state(parameter.shape[0], parameter.shape[1], BLOCK_SIZE)
+                values += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
+            elif not is_matrix:
+                values += parameter.numel()
     return 4 * values
 
 

@@ -1,4 +1,4 @@
-"""Divides a model's parameters between Kalma and AdamW."""
+"""Divides a model's parameters between Kalma, its tables and AdamW."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ bases in which it is nearly diagonal (Shampoo, arXiv:1802.09568; SOAP, arXiv:240
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kalmagrove.optim.curvature import block_count, block_gram, times_blocks
+from kalmagrove.optim.curvature import block_count, block_gram, blocks_shape, times_blocks
 
 Side = Literal["left", "right"]
 
@@ -110,6 +111,13 @@ def turned_sides(outputs: int, inputs: int) -> list[Side]:
     """The sides of a matrix that get an eigenbasis; the others keep their axes."""
     lengths: tuple[tuple[Side, int], ...] = (("left", outputs), ("right", inputs))
     return [side for side, length in lengths if length <= LONGEST * min(outputs, inputs)]
+
+
+def count_state(outputs: int, inputs: int, block_size: int) -> int:
+    """Numbers that are kept to whiten one matrix: V, and a covariance and a basis for each side that turns."""
+    lengths: dict[Side, int] = {"left": outputs, "right": inputs}
+    sides = turned_sides(outputs, inputs)
+    return outputs * inputs + sum(2 * math.prod(blocks_shape(lengths[side], block_size)) for side in sides)
 
 
 def eigenbasis(covariance: Tensor, tie_break: float = 1e-3) -> Tensor:
