@@ -14,18 +14,18 @@ import argparse
 import json
 import multiprocessing
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.convert import to_stock
 from kalmagrove.optim.build import build_optimizers
-from kalmagrove.precision import autocast, choose_device, choose_precision
+from kalmagrove.precision import choose_device, choose_precision
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes, reset_peak_memory
+from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
 
 PEER = "transformers Llama"
 CONTESTANTS = {
@@ -38,72 +38,39 @@ CONTESTANTS = {
     "kalmagrove muon": ("kalmagrove", "muon"),
     "kalmagrove kalma": ("kalmagrove", "kalma"),
 }
-WARMUP_ROUNDS = 3
 
 
-class Contestant:
-    """A model with its optimisers, and one training step."""
-
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
-        family, optimizer = CONTESTANTS[name]
-        self.device = choose_device(options.device)
-        self.precision = choose_precision(options.precision, self.device)
-        sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
-        model = build_model(model_config(f"{family}-{options.size}", sizes), seed=0)
-        self.is_peer = name == PEER
-        self.model: nn.Module = (to_stock(model) if self.is_peer else model).to(self.device).train()
-        self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.optimizers = build_optimizers(optimizer, self.model, lr=3e-3)  # type: ignore[arg-type]
-
-    def step(self, tokens: Tensor) -> float:
-        """Seconds of one optimiser step on ``tokens`` (batch, context + 1)."""
-        started = time.perf_counter()
-        with autocast(self.precision, self.device):
-            loss = self._loss(tokens.to(self.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return time.perf_counter() - started
-
-    def _loss(self, tokens: Tensor) -> Tensor:
-        inputs, targets = tokens[:, :-1], tokens[:, 1:]
-        if self.is_peer:
-            # What a user of transformers writes: logits, then the loss.
-            logits = self.model(input_ids=inputs, use_cache=False).logits
-            return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        return self.model.token_loss_sum(inputs, targets) / targets.numel()  # type: ignore[operator]
+def contestant(name: str, options: argparse.Namespace) -> Contestant:
+    """A model with its optimisers, by the name of a row."""
+    family, optimizer = CONTESTANTS[name]
+    device = choose_device(options.device)
+    sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
+    built = build_model(model_config(f"{family}-{options.size}", sizes), seed=0)
+    model: nn.Module = (to_stock(built) if name == PEER else built).to(device).train()
+    optimizers = build_optimizers(optimizer, model, lr=3e-3)  # type: ignore[arg-type]
+    loss = peer_loss if name == PEER else own_loss
+    return Contestant(model, optimizers, choose_precision(options.precision, device), loss)
 
 
-def random_tokens(options: argparse.Namespace, step: int) -> Tensor:
-    """A batch of random tokens: speed does not depend on the text."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randint(options.vocab_size, (options.batch_size, options.context_length + 1), generator=generator)
+def peer_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """What a user of transformers writes: logits, then the loss."""
+    logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of each measured step, by contestant; all take turns."""
-    contestants = {name: Contestant(name, options) for name in options.only or CONTESTANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in range(WARMUP_ROUNDS + options.rounds):
-        tokens = random_tokens(options, step)
-        for name, contestant in contestants.items():
-            taken = contestant.step(tokens)
-            if step >= WARMUP_ROUNDS:
-                seconds[name].append(taken)
-    return seconds
+def batch(options: argparse.Namespace, step: int) -> Tensor:
+    """Random tokens of the size that the options ask for."""
+    return random_tokens(step, options.batch_size, options.context_length, options.vocab_size)
 
 
 def _measure_memory(name: str, options: argparse.Namespace, answers: Any) -> None:
     device = choose_device(options.device)
     reset_peak_memory(device)
     before = peak_memory_bytes(device)
-    contestant = Contestant(name, options)
+    model_in_training = contestant(name, options)
     for step in range(3):
-        contestant.step(random_tokens(options, step))
-    answers.put((peak_memory_bytes(device) - before, contestant.parameters))
+        model_in_training.step(batch(options, step))
+    answers.put((peak_memory_bytes(device) - before, sum(p.numel() for p in model_in_training.model.parameters())))
 
 
 def measure_memory(name: str, options: argparse.Namespace) -> tuple[int, int]:
@@ -130,13 +97,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    seconds = measure_times(options)
+    contestants = {name: contestant(name, options) for name in options.only or CONTESTANTS}
+    seconds = {n: t.step for n, t in take_turns(contestants, options.rounds, partial(batch, options)).items()}
     reference = seconds.get("llama adamw") or next(iter(seconds.values()))
     tokens = options.batch_size * options.context_length
     rows = []
     print(f"{'model':<20}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'speed':>8}{'peak MiB':>10}")
     for name, times in seconds.items():
-        ratio = statistics.median(theirs / own for own, theirs in zip(times, reference, strict=True))
+        ratio = median_ratio(reference, times)
         memory, parameters = measure_memory(name, options)
         middle = statistics.median(times)
         rows.append(

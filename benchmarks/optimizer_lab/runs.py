@@ -148,10 +148,12 @@ class _OptimizerClock:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Memory of an optimiser's state."""
-    return sum(
-        value.nbytes
-        for state in optimizer.state_dict()["state"].values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
+    """Memory of an optimiser's state; some keep tensors in lists."""
+    return _tensor_bytes(optimizer.state_dict()["state"])
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_tensor_bytes(part) for part in parts)
