@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kalmagrove.precision import Precision, autocast
+from kalmagrove.precision import autocast, synchronize
 
 WARMUP_ROUNDS = 3
 
@@ -28,7 +29,7 @@ class Contestant:
 
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
-    precision: Precision
+    precision: Literal["bf16", "fp32"]
     loss: Callable[[nn.Module, Tensor], Tensor]
 
     def step(self, tokens: Tensor) -> tuple[float, float]:
@@ -95,6 +96,5 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter()

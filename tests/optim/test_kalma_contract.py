@@ -434,3 +434,88 @@ def test_double_parameters_keep_their_precision() -> None:
         kalma.step()
         adamw.step()
     assert torch.allclose(ours, theirs, rtol=1e-14, atol=0)
+
+
+def test_double_matrices_are_whitened_in_double() -> None:
+    model = perceptron().double()
+    optimizer = attached(model)
+    losses = train(model, optimizer, range(40), lambda m, d: F.mse_loss(m(d[0].double()), d[1].double()))
+    assert sum(losses[-10:]) < 0.4 * sum(losses[:10])
+    assert optimizer.state[model[2].weight]["variance"].dtype == torch.float64
+
+
+def test_bfloat16_matrices_are_rounded_once() -> None:
+    """Decay and step are each below half of bfloat16's spacing at one; together they are above it."""
+    parameter = nn.Parameter(torch.ones(1, 1, dtype=torch.bfloat16))
+    optimizer = Kalma([parameter], lr=0.0015, weight_decay=1.0)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert parameter.item() < 1
+
+
+def test_inputs_that_overflow_do_not_spoil_the_covariance() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizer = Kalma(kalma_groups(model), refresh_every=1)
+    optimizer.attach(model)
+    for step in range(4):
+        x = torch.randn(20, 6, generator=torch.Generator().manual_seed(step))
+        if step in (0, 2):
+            x[0, 0] = float("inf")
+        optimizer.zero_grad()
+        model(x)
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        optimizer.step()
+    gain = optimizer.state[model[0].weight]["gain"]
+    assert bool(gain.isfinite().all()) and not torch.equal(gain[0], torch.eye(6))
+
+
+def test_each_group_looks_at_its_inputs_at_its_own_steps() -> None:
+    model = perceptron()
+    groups = [{"params": [model[0].weight], "refresh_every": 1}, {"params": [model[2].weight], "refresh_every": 5}]
+    optimizer = Kalma(groups)
+    optimizer.attach(model)
+    seen = []
+    for step in range(6):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        seen.append(optimizer.state[model[2].weight]["covariance"].clone())
+    assert all(torch.equal(seen[0], other) for other in seen[1:5]) and not torch.equal(seen[0], seen[5])
+
+
+def test_a_layer_may_be_called_by_name() -> None:
+    model = perceptron()
+    optimizer = attached(model)
+    model[0](input=torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    assert "gain" in optimizer.state[model[0].weight]
+
+
+def test_a_step_under_autocast_keeps_float32() -> None:
+    model = perceptron()
+    optimizer = attached(model)
+    loss_of(model, batch(0)).backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        optimizer.step()
+    tensors = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
+    assert all(value.dtype == torch.float32 for value in tensors)
+
+
+def test_a_plain_layer_in_a_transposed_group_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    with pytest.raises(ValueError, match=r"0\.weight is stored as \(outputs, inputs\)"):
+        Kalma([{"params": [model[0].weight], "transposed": True}]).attach(model)
+
+
+def test_the_exact_method_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(ValueError, match="method exact needs 2-D parameters stored as"):
+        Kalma([{"params": [nn.Parameter(torch.ones(4, 4))], "method": "exact", "transposed": True}])
+
+
+def test_blocks_of_a_loaded_state_are_those_that_are_watched() -> None:
+    model = perceptron()
+    saved = attached(model, block_size=5)
+    train(model, saved, range(2))
+    resumed = attached(model)
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    train(model, resumed, range(2, 8))
+    assert resumed.state[model[2].weight]["covariance"].shape == (4, 4, 4)

@@ -80,6 +80,30 @@ def test_a_followed_basis_stays_orthonormal_in_float32(rank: int) -> None:
     assert is_orthonormal(basis, 1e-4)
 
 
+def spectrum(kind: str, size: int) -> Tensor:
+    """A covariance in float32 with a spread of eigenvalues that is hard for a Cholesky factor."""
+    axes = torch.linalg.qr(draw(size, size, seed=7))[0].float()
+    values = torch.arange(1, size + 1).float() ** -3
+    if kind == "outlier":
+        values = torch.ones(size).index_fill(0, torch.tensor([0]), 1e4)
+    if kind == "rank 2":
+        values = torch.full((size,), 1e-12).index_fill(0, torch.tensor([0, 1]), 1.0)
+    return (axes * values) @ axes.mT
+
+
+@pytest.mark.parametrize("kind", ["power law", "outlier", "rank 2"])
+@pytest.mark.parametrize("start", ["identity", "random"])
+def test_a_wide_spectrum_does_not_freeze_the_basis(kind: str, start: str) -> None:
+    covariance = spectrum(kind, 192)
+    basis = torch.eye(192) if start == "identity" else torch.linalg.qr(draw(192, 192))[0].float()
+    for _ in range(10):
+        basis = followed_basis(covariance, basis)
+    diagonal = basis.mT @ covariance @ basis
+    off_diagonal = 1 - diagonal.diagonal().square().sum() / diagonal.square().sum()
+    assert off_diagonal < 0.01
+    assert is_orthonormal(basis, 1e-3)
+
+
 def test_axes_that_never_have_a_gradient_are_kept() -> None:
     covariance = torch.zeros(6, 6)
     covariance[:3, :3] = positive(3).float()
@@ -128,6 +152,21 @@ def test_blocks_of_a_wide_side_are_bases_of_their_own() -> None:
     wide = whitened(gradients, block_size=3, floor=0.0)
     halves = [whitened([g[:, part] for g in gradients], floor=0.0) for part in (slice(3), slice(3, 6))]
     assert torch.allclose(wide, torch.cat(halves, dim=1), atol=1e-9)
+
+
+def test_padding_of_a_block_changes_nothing() -> None:
+    """Seven inputs in two blocks of four: the last column is filled up."""
+    gradients = [draw(15, 7, seed=seed) for seed in range(4)]
+    padded = whitened(gradients, block_size=4, floor=0.0)
+    parts = [whitened([g[:, part] for g in gradients], floor=0.0) for part in (slice(4), slice(4, 7))]
+    assert torch.allclose(padded, torch.cat(parts, dim=1), atol=2e-3)
+
+
+def test_a_table_turns_its_features_however_long_they_are() -> None:
+    state: dict[str, Any] = {"step": 1}
+    whitening = Whitening(variance_decay=0.9, covariance_decay=0.9, block_size=1024, features_only=True)
+    whitening.whiten(draw(1, 3, 9), draw(1, 3, 9), [PartState(state)], turn=True)
+    assert "right_basis" in state and "left_basis" not in state
 
 
 def test_zero_stays_zero() -> None:

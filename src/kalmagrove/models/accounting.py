@@ -157,7 +157,8 @@ def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
         for parameter in group["params"]:
             values += parameter.numel()
             if is_whitened:
-                values += count_state(parameter.shape[0], parameter.shape[1], BLOCK_SIZE)
+                outputs, inputs = parameter.shape
+                values += count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
                 values += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
             elif not is_matrix:
                 values += parameter.numel()

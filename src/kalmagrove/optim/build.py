@@ -37,7 +37,7 @@ def build_optimizers(
         betas: AdamW's.
 
     Returns:
-        One or two optimisers; each group keeps its peak rate in ``initial_lr``.
+        The optimisers; each group keeps its peak rate in ``initial_lr``.
 
     Raises:
         ValueError: The name is unknown.
@@ -60,7 +60,10 @@ def build_optimizers(
                 adjust_lr_fn="match_rms_adamw",
             )
             for group in matrices
-        ] + [torch.optim.AdamW([p for g in rest for p in g["params"]], lr=auxiliary_lr, betas=betas, weight_decay=0.0)]
+        ]
+        if rest:
+            members = [p for group in rest for p in group["params"]]
+            optimizers.append(torch.optim.AdamW(members, lr=auxiliary_lr, betas=betas, weight_decay=0.0))
     elif name == "adamw":
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
         vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]

@@ -196,15 +196,16 @@ class Kalma(torch.optim.Optimizer):
                 seen = average_across_ranks(
                     seen, self._shapes_of_statistics(), device=device, process_group=self._process_group
                 )
-        for group in self.param_groups:
-            parameters = _with_finite_gradient(group)
-            if group["method"] == "adamw":
-                self._adamw_step(group, parameters)
-            elif group["method"] == "exact":
-                self._exact_step(group, parameters, seen)
-            else:
-                self._kalma_step(group, parameters, seen)
-            group["step"] += 1
+        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
+            for group in self.param_groups:
+                parameters = _with_finite_gradient(group)
+                if group["method"] == "adamw":
+                    self._adamw_step(group, parameters)
+                elif group["method"] == "exact":
+                    self._exact_step(group, parameters, seen)
+                else:
+                    self._kalma_step(group, parameters, seen)
+                group["step"] += 1
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
         return loss
@@ -258,16 +259,18 @@ class Kalma(torch.optim.Optimizer):
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         layout = _layout(group)
         self._refresh(group, [p for p in parameters if id(p) in seen], seen)
-        by_shape: dict[tuple[int, ...], list[_Part]] = {}
+        by_shape: dict[tuple[Any, ...], list[_Part]] = {}
         for index, parameter in enumerate(parameters):
             innovation, gradient = (layout.parts(whole) for whole in self._innovation(group, layout, parameter))
             for place, pair in enumerate(zip(innovation, gradient, strict=True)):
                 part = _Part(index, PartState(self.state[parameter], place), *pair)
-                by_shape.setdefault(tuple(part.gradient.shape), []).append(part)
+                kind = (part.gradient.shape, part.gradient.dtype, part.gradient.device)
+                by_shape.setdefault(kind, []).append(part)
         whitening = Whitening(
             variance_decay=group["variance_decay"],
             covariance_decay=group["covariance_decay"],
             block_size=group["block_size"],
+            features_only=group["method"] == "table",
         )
         updates: list[list[Tensor]] = [[] for _ in parameters]
         for parts in by_shape.values():
@@ -281,13 +284,13 @@ class Kalma(torch.optim.Optimizer):
                 updates[part.parameter].append(update)
         lr = float(group["lr"])
         for parameter, update in zip(parameters, updates, strict=True):
-            whole = layout.restore(update, parameter)
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(as_shard(whole.to(parameter.dtype), parameter), alpha=-lr)
+            # Rounded once: a decay of 1e-4 alone would be lost in bfloat16.
+            master = parameter.to(_master_type(parameter)) * (1 - lr * group["weight_decay"])
+            parameter.copy_(master.sub_(as_shard(layout.restore(update, parameter), parameter), alpha=lr))
 
     def _innovation(self, group: dict[str, Any], layout: Layout, parameter: Tensor) -> list[Tensor]:
         """M P and G P of one parameter, (..., outputs, inputs); P is the identity where inputs were never seen."""
-        state, gradient = self.state[parameter], _gradient(parameter, group).float()
+        state, gradient = self.state[parameter], _gradient(parameter, group).to(_master_type(parameter))
         if "momentum" not in state:
             state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
         state["step"] += 1
@@ -298,18 +301,22 @@ class Kalma(torch.optim.Optimizer):
         if "gain" not in state:
             return both
         rows = torch.stack(both)
-        return list(times_blocks(rows.reshape(-1, rows.shape[-1]), state["gain"]).reshape(rows.shape))
+        return list(times_blocks(rows.reshape(-1, rows.shape[-1]), state["gain"].to(rows.dtype)).reshape(rows.shape))
 
     def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
-        """Brings C and P up to date with the inputs that were seen."""
-        changed: dict[tuple[int, ...], list[dict[str, Any]]] = {}
+        """Brings C and P up to date with the inputs that were seen, at the group's own refreshes."""
+        is_due = group["step"] % group["refresh_every"] == 0
+        changed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for parameter in parameters:
             state, (total, count) = self.state[parameter], seen[id(parameter)]
-            if "covariance" in state:
-                state["covariance"].lerp_(total / count, 1 - group["covariance_decay"])
-            else:
-                state["covariance"] = total / count
-            changed.setdefault(tuple(total.shape), []).append(state)
+            if not is_due and "covariance" in state:
+                continue
+            observed = total / count
+            old = state.get("covariance", observed)
+            # Inputs that overflowed are left out: C would be lost for good.
+            new = torch.where(torch.isfinite(observed).all(), observed, old).lerp(old, group["covariance_decay"])
+            state["covariance"] = torch.where(torch.isfinite(new).all(), new, torch.zeros_like(new))
+            changed.setdefault((total.shape, total.dtype, total.device), []).append(state)
         for states in changed.values():
             gains = damped_inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
             for state, gain in zip(states, gains, strict=True):
@@ -333,10 +340,14 @@ class Kalma(torch.optim.Optimizer):
                 "kalma_groups(model), or give it method table"
             )
         for module in model.modules():
-            if is_transposed_linear(module) and not matrices.get(id(module.weight), {"transposed": True})["transposed"]:
+            stored_transposed = is_transposed_linear(module)
+            if not (stored_transposed or isinstance(module, nn.Linear)) or id(module.weight) not in matrices:
+                continue
+            if matrices[id(module.weight)]["transposed"] != stored_transposed:
+                order = "(inputs, outputs)" if stored_transposed else "(outputs, inputs)"
                 raise ValueError(
-                    f"{names[id(module.weight)]} is stored as (inputs, outputs); make the groups with "
-                    "kalma_groups(model), or give its group transposed=True"
+                    f"{names[id(module.weight)]} is stored as {order}; make the groups with kalma_groups(model), or "
+                    f"give its group transposed={stored_transposed}"
                 )
         sizes = {key: _block_size(group) for key, group in matrices.items()}
         return sizes, {key: names[key] for key in matrices}
@@ -379,6 +390,10 @@ class Kalma(torch.optim.Optimizer):
                         f"{tuple(parameter.shape)} in its place; load the state into an optimiser of the same model"
                     )
         super().load_state_dict(state_dict)
+        if self._statistics is not None:
+            self._statistics.block_sizes = {
+                id(p): _block_size(group) for group in self.param_groups for p in group["params"]
+            }
         for parameter, state in zip(parameters, states, strict=True):
             for name, value in state.items():
                 if isinstance(value, Tensor) and name != "step":
@@ -417,8 +432,11 @@ def _check_group(group: dict[str, Any]) -> None:
     for parameter in group["params"]:
         if parameter.is_complex() or parameter.is_sparse:
             raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
-        if group["method"] == "exact" and parameter.ndim != 2:
-            raise ValueError(f"method exact needs 2-D parameters, got shape {tuple(parameter.shape)}; use adamw")
+        if group["method"] == "exact" and (parameter.ndim != 2 or group["transposed"] or group["split_sizes"]):
+            raise ValueError(
+                f"method exact needs 2-D parameters stored as (outputs, inputs), each one matrix; a parameter of shape "
+                f"{tuple(parameter.shape)} with its options is not: use kalma or adamw"
+            )
         if group["method"] in ("kalma", "table"):
             _layout(group).check(parameter.shape)
 

@@ -48,6 +48,7 @@ class ActivationStatistics:
     Attributes:
         active: Whether forwards are watched.
         token_mask: True where a token counts, with the leading shape of the layers' inputs; None is everywhere.
+        block_sizes: As above.
     """
 
     def __init__(self, block_sizes: dict[int, int], *, most_rows: int | None = SAMPLED_TOKENS) -> None:
@@ -55,7 +56,7 @@ class ActivationStatistics:
         self.token_mask: Tensor | None = None
         self.most_rows = most_rows
         self.watched: set[int] = set()
-        self._block_sizes = block_sizes
+        self.block_sizes = block_sizes
         self._sums: dict[int, Tensor] = {}
         self._counts: dict[int, int] = {}
         self._seen_in_forward: set[int] = set()
@@ -70,12 +71,12 @@ class ActivationStatistics:
         """Watches a model's layers."""
         for module in model.modules():
             matrices = list(_multiplied(module))
-            if not self._block_sizes.keys() & {id(p) for p in matrices}:
+            if not self.block_sizes.keys() & {id(p) for p in matrices}:
                 continue
-            self.watched |= {id(p) for p in matrices} & self._block_sizes.keys()
+            self.watched |= {id(p) for p in matrices} & self.block_sizes.keys()
             # A sharded parameter is swapped for another tensor in the forward: what it was at this time counts.
             single = None if isinstance(module, TellsWeightInputs) else id(matrices[0])
-            self._handles.append(module.register_forward_pre_hook(partial(self._observe, single)))
+            self._handles.append(module.register_forward_pre_hook(partial(self._observe, single), with_kwargs=True))
 
     def detach(self) -> None:
         """Stops watching."""
@@ -84,17 +85,18 @@ class ActivationStatistics:
         self._handles.clear()
 
     @torch.compiler.disable
-    def _observe(self, single: int | None, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _observe(self, single: int | None, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if not self.active or not torch.is_grad_enabled() or not module.training or self._is_repeated(module):
             return
-        with torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
-            rows = self._sampled(args[0])
+        x = args[0] if args else next(iter(named.values()))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            rows = self._sampled(x)
             if single is not None:
                 self._add(single, rows)
                 return
             assert isinstance(module, TellsWeightInputs)
             for parameter, seen in module.weight_inputs(rows):
-                if id(parameter) in self._block_sizes:
+                if id(parameter) in self.block_sizes:
                     self._add(id(parameter), seen)
 
     def _is_repeated(self, module: nn.Module) -> bool:
@@ -110,7 +112,7 @@ class ActivationStatistics:
         return self._source_rows
 
     def _add(self, key: int, rows: Tensor) -> None:
-        blocks = block_count(rows.shape[-1], self._block_sizes[key])
+        blocks = block_count(rows.shape[-1], self.block_sizes[key])
         if self._gram_rows is not rows:
             self._gram_rows, self._grams = rows, {}
         if blocks not in self._grams:

@@ -57,12 +57,14 @@ class Whitening:
         variance_decay: Memory of V.
         covariance_decay: Memory of L and R.
         block_size: Bases of wider sides are block-diagonal, with equal blocks of at most this size.
+        features_only: Whether only the inputs' side gets a basis, however long it is, as for embeddings and heads.
         floor: Added to V, relative to its mean over the matrix, so that rounding alone is never whitened.
     """
 
     variance_decay: float
     covariance_decay: float
     block_size: int
+    features_only: bool = False
     floor: float = 0.01
 
     def whiten(self, innovation: Tensor, gradient: Tensor, states: Sequence[PartState], *, turn: bool) -> Tensor:
@@ -77,7 +79,9 @@ class Whitening:
         Returns:
             Of the same shape. A zero innovation gives zero.
         """
-        bases = {side: self._bases(side, gradient, states, turn) for side in turned_sides(*gradient.shape[-2:])}
+        outputs, inputs = gradient.shape[-2:]
+        sides = turned_sides(outputs, inputs, features_only=self.features_only)
+        bases = {side: self._bases(side, gradient, states, turn) for side in sides}
         turned = _turn(torch.stack([gradient, innovation]), bases)
         variances = []
         for state, square in zip(states, turned[0].square(), strict=True):
@@ -107,16 +111,18 @@ class Whitening:
         return torch.stack([state[basis] for state in states])
 
 
-def turned_sides(outputs: int, inputs: int) -> list[Side]:
+def turned_sides(outputs: int, inputs: int, *, features_only: bool = False) -> list[Side]:
     """The sides of a matrix that get an eigenbasis; the others keep their axes."""
+    if features_only:
+        return ["right"]
     lengths: tuple[tuple[Side, int], ...] = (("left", outputs), ("right", inputs))
     return [side for side, length in lengths if length <= LONGEST * min(outputs, inputs)]
 
 
-def count_state(outputs: int, inputs: int, block_size: int) -> int:
+def count_state(outputs: int, inputs: int, block_size: int, *, features_only: bool = False) -> int:
     """Numbers that are kept to whiten one matrix: V, and a covariance and a basis for each side that turns."""
     lengths: dict[Side, int] = {"left": outputs, "right": inputs}
-    sides = turned_sides(outputs, inputs)
+    sides = turned_sides(outputs, inputs, features_only=features_only)
     return outputs * inputs + sum(2 * math.prod(blocks_shape(lengths[side], block_size)) for side in sides)
 
 
@@ -128,7 +134,7 @@ def eigenbasis(covariance: Tensor, tie_break: float = 1e-3) -> Tensor:
     Args:
         covariance: (..., n, n), symmetric positive semi-definite.
         tie_break: Of a slope added to the diagonal, relative to the largest entry. Where eigenvalues are equal, as in
-            the null space of the first gradient, it decides, and not rounding: two machines choose the same axes.
+            the null space of the first gradient, it decides in the place of rounding, in small matrices at least.
     """
     scale = covariance.abs().amax((-2, -1), keepdim=True)
     usable = torch.isfinite(scale) & (scale > 0)
@@ -146,15 +152,15 @@ def followed_basis(covariance: Tensor, basis: Tensor) -> Tensor:
     By Cholesky-QR twice, which is products of matrices where QR is a chain of reflections; where a factor fails the old
     basis stays.
     """
+    size = covariance.shape[-1]
     trace = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
     # Directions without any gradient stay where they are instead of becoming noise.
-    turned, good = covariance @ basis + 1e-6 * trace * basis, trace > 0
+    turned, good = covariance / trace.clamp_min(1e-30) @ basis + 1e-6 * basis, trace > 1e-30
+    # Above the rounding of the product, so that columns that have nearly turned to one another still have a factor.
+    ridge = 1e-7 * size * torch.eye(size, dtype=basis.dtype, device=basis.device)
     for _ in range(2):
         turned = turned / turned.norm(dim=-2, keepdim=True).clamp_min(1e-30)
-        gram = turned.mT @ turned
-        # The ridge lets columns that have nearly turned to one another pass; the second time sets their length right.
-        ridge = 1e-6 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge)
+        factor, failed = torch.linalg.cholesky_ex(turned.mT @ turned + ridge)
         turned = torch.linalg.solve_triangular(factor.mT, turned, upper=True, left=False)
         good = good & (failed == 0)[..., None, None]
     good = good & torch.isfinite(turned).all(-1, keepdim=True).all(-2, keepdim=True)
