@@ -42,11 +42,19 @@ def average_across_ranks(
         return seen
     if distributed.get_world_size(process_group) == 1:
         return seen
-    together = {}
+    dtype = next((total.dtype for total, _ in seen.values()), torch.float32)
+    parts = []
     for key, shape in shapes.items():
-        total, count = seen.get(key, (torch.zeros(shape, device=device), 0))
-        message = torch.cat([total.flatten(), torch.tensor([count], dtype=total.dtype, device=total.device)])
-        distributed.all_reduce(message, group=process_group)
-        if message[-1] > 0:
-            together[key] = (message[:-1].reshape(shape), int(message[-1]))
-    return together
+        total, count = seen.get(key, (torch.zeros(shape, dtype=dtype, device=device), 0))
+        parts += [total.to(dtype).flatten(), torch.tensor([count], dtype=dtype, device=device)]
+    if not parts:
+        return {}
+    message = torch.cat(parts)
+    distributed.all_reduce(message, group=process_group)
+    summed = message.split([part.numel() for part in parts])
+    counts = torch.cat(summed[1::2]).tolist()
+    return {
+        key: (total.reshape(shape), int(count))
+        for (key, shape), total, count in zip(shapes.items(), summed[::2], counts, strict=True)
+        if count > 0
+    }
