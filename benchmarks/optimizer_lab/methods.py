@@ -36,13 +36,7 @@ class Method:
 
 def adamw(model: nn.Module, lr: float) -> Optimizers:
     """AdamW for everything; embeddings, head and vectors have a rate of their own, as beside the other optimisers."""
-    groups = [
-        {"params": group["params"], "lr": group["lr"], "weight_decay": group["weight_decay"]}
-        for group in kalma_groups(model, lr=lr, auxiliary_lr=AUXILIARY_LR)
-    ]
-    optimizers: Optimizers = [torch.optim.AdamW(groups, betas=BETAS)]
-    remember_peak_rates(optimizers)
-    return optimizers
+    return build_optimizers("adamw", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
 
 
 def muon(model: nn.Module, lr: float) -> Optimizers:

@@ -16,7 +16,7 @@ def build_optimizers(
     model: nn.Module,
     *,
     lr: float,
-    auxiliary_lr: float = 1e-2,
+    auxiliary_lr: float = 2e-2,
     weight_decay: float = 0.1,
     momentum: float = 0.9,
     damping: float = 0.1,
@@ -28,9 +28,9 @@ def build_optimizers(
     Args:
         name: Which.
         model: Its parameters are divided by :func:`~kalmagrove.optim.kalma.kalma_groups`.
-        lr: Of the matrices; of everything for AdamW.
-        auxiliary_lr: Of embeddings, heads and vectors beside Kalma and Muon.
-        weight_decay: Of the matrices; for AdamW also of embeddings, as usual.
+        lr: Of the hidden matrices.
+        auxiliary_lr: Of embeddings, heads and vectors: a rate of their own is worth more to AdamW than to the others.
+        weight_decay: Of the hidden matrices.
         momentum: Of Kalma and Muon.
         damping: Of Kalma's P.
         refresh_every: Steps between refreshes of Kalma's P.
@@ -65,13 +65,8 @@ def build_optimizers(
             members = [p for group in rest for p in group["params"]]
             optimizers.append(torch.optim.AdamW(members, lr=auxiliary_lr, betas=betas, weight_decay=0.0))
     elif name == "adamw":
-        decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-        adamw_groups = [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        optimizers = [torch.optim.AdamW([g for g in adamw_groups if g["params"]], lr=lr, betas=betas)]
+        adamw_groups = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
+        optimizers = [torch.optim.AdamW(adamw_groups, betas=betas)]
     else:
         raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
     remember_peak_rates(optimizers)

@@ -18,7 +18,7 @@ def kalma_groups(
     *,
     lr: float = 3e-3,
     weight_decay: float = 0.1,
-    auxiliary_lr: float = 1e-2,
+    auxiliary_lr: float = 2e-2,
     auxiliary_weight_decay: float = 0.0,
     fused: Mapping[str, int] = FUSED_PROJECTIONS,
 ) -> list[dict[str, Any]]:

@@ -61,12 +61,12 @@ def describe_run(run: TrainingRun) -> list[str]:
         f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {run.device.type}, {run.precision}",
     ]
     optim = run.config.optim
-    if optim.name == "adamw":
-        return [*lines, f"adamw: all parameters, lr {optim.peak_lr:g}"]
     groups = kalma_groups(
         run.model, lr=optim.peak_lr, auxiliary_lr=optim.auxiliary_lr * optim.lr_scale, weight_decay=optim.weight_decay
     )
-    return [*lines, *describe_groups(groups).replace("kalma:", f"{optim.name}:").splitlines()]
+    methods = {"kalma": optim.name} | ({} if optim.name == "kalma" else {"table": "adamw"})
+    shown = [group | {"method": methods.get(group["method"], group["method"])} for group in groups]
+    return [*lines, *describe_groups(shown).splitlines()]
 
 
 def _run_to_the_end(session: TrainingSession) -> None:
