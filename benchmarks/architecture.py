@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +36,7 @@ from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.trainer import score_split
 from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
+from parallel import workers
 
 DESIGNS = Path(__file__).parents[1] / "configs" / "search"
 REFERENCE = "llama"
@@ -188,15 +187,7 @@ def main() -> None:
     options = parser.parse_args()
     data = open_data(DataConfig(source=options.data))
     run = partial(run_job, data_folder=data.folder, out=options.out / data.fingerprint[:8])
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def run_all(jobs: list[Job]) -> list[Record]:
-            records = []
-            for record in pool.map(run, jobs):
-                records.append(record)
-                print(describe(record), flush=True)
-            return records
-
+    with workers(run, describe, options.workers) as run_all:
         records = search(options, run_all)
     ratios = time_designs(options, data.vocab_size) if options.rounds else {}
     print("\n" + table(records, ratios), flush=True)

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from optimizer_lab.methods import METHODS
 from optimizer_lab.pictures import save_pictures
 from optimizer_lab.runs import SCALES, Job, train_job
 from optimizer_lab.summary import Record, best_rate, steps_needed, summarize, table
+from parallel import workers
 
 
 def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
@@ -102,15 +101,7 @@ def main() -> None:
     data = open_data(DataConfig(source=options.data))
     run = partial(run_job, data_folder=data.folder, out=options.out)
     print(f"{'scale':<18}{'method':<8}{'lr':>8}{'seed':>5}{'valid':>10}{'ms/step':>9}{'optim ms':>9}{'spikes':>7}")
-    with ProcessPoolExecutor(options.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-
-        def run_all(jobs: list[Job]) -> list[Record]:
-            records = []
-            for record in pool.map(run, jobs):
-                records.append(record)
-                print(describe(record), flush=True)
-            return records
-
+    with workers(run, describe, options.workers) as run_all:
         for scale in options.scales:
             compare_at(scale, options, run_all)
 
