@@ -12,7 +12,6 @@ thread each.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +24,6 @@ import yaml
 
 from kalmagrove.commands.parsing import open_data
 from kalmagrove.data.packing import open_packed
-from kalmagrove.files import write_json_atomic
 from kalmagrove.models.accounting import count_parameters, forward_macs_per_token
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.optim.build import build_optimizers
@@ -36,7 +34,7 @@ from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.trainer import score_split
 from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
-from parallel import workers
+from parallel import stored, workers
 
 DESIGNS = Path(__file__).parents[1] / "configs" / "search"
 REFERENCE = "llama"
@@ -76,12 +74,7 @@ def read_design(name: str) -> ModelConfig:
 
 def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
     """The record of a job: read where it exists, else trained and written."""
-    path = out / f"{job.name}.json"
-    if not path.exists():
-        torch.set_num_threads(1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, train(job, data_folder))
-    return json.loads(path.read_text("utf-8"))
+    return stored(out / f"{job.name}.json", lambda: train(job, data_folder))
 
 
 def train(job: Job, data_folder: Path) -> Record:

@@ -12,13 +12,10 @@ come at the end of each scale. SOAP needs the extra "benchmarks". Two runs go si
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-
-import torch
 
 from kalmagrove.commands.parsing import open_data
 from kalmagrove.data.packing import open_packed
@@ -28,17 +25,14 @@ from optimizer_lab.methods import METHODS
 from optimizer_lab.pictures import save_pictures
 from optimizer_lab.runs import SCALES, Job, train_job
 from optimizer_lab.summary import Record, best_rate, steps_needed, summarize, table
-from parallel import workers
+from parallel import stored, workers
 
 
 def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
     """The record of a job: read where it exists, else trained and written."""
-    path = out / f"{job.name}.json"
-    if not path.exists():
-        torch.set_num_threads(1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, train_job(job, METHODS[job.method], open_packed(data_folder, verify=False)))
-    return json.loads(path.read_text("utf-8"))
+    return stored(
+        out / f"{job.name}.json", lambda: train_job(job, METHODS[job.method], open_packed(data_folder, verify=False))
+    )
 
 
 def describe(record: Record) -> str:

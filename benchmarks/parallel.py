@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kalmagrove.files import write_json_atomic
 
 Job = TypeVar("Job")
 Record = TypeVar("Record")
@@ -27,3 +33,13 @@ def workers(
             return records
 
         yield run_all
+
+
+def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The record in a file: read where it exists, else made on one thread and written."""
+    if not path.exists():
+        torch.set_num_threads(1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, make())
+    record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return record

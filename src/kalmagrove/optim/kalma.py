@@ -391,8 +391,10 @@ class Kalma(torch.optim.Optimizer):
                     )
         super().load_state_dict(state_dict)
         if self._statistics is not None:
+            # The saved groups may have blocks of another size.
+            watched = self._statistics.block_sizes
             self._statistics.block_sizes = {
-                id(p): _block_size(group) for group in self.param_groups for p in group["params"]
+                id(p): _block_size(group) for group in self.param_groups for p in group["params"] if id(p) in watched
             }
         for parameter, state in zip(parameters, states, strict=True):
             for name, value in state.items():
