@@ -24,10 +24,24 @@ from optimizer_lab.runs import state_bytes
 from paired import Contestant, own_loss, random_tokens, take_turns
 
 
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the model and its batch, which :func:`contestant` reads."""
+    parser.add_argument("--preset", default="llama-small")
+    parser.add_argument("--hidden_size", type=int, help="in the place of the preset's")
+    parser.add_argument("--num_hidden_layers", type=int, help="in the place of the preset's")
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--context_length", type=int, default=512)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--device", default="auto")
+
+
 def contestant(method: str, options: argparse.Namespace) -> Contestant:
     """A copy of the model with one of the optimisers."""
     device = choose_device(options.device)
     sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
+    resized = {name: getattr(options, name) for name in ("hidden_size", "num_hidden_layers")}
+    sizes |= {name: value for name, value in resized.items() if value is not None}
     model = build_model(model_config(options.preset, sizes), seed=0).to(device).train()
     optimizers = METHODS[method].build(model, METHODS[method].learning_rates[0])
     return Contestant(model, optimizers, choose_precision(options.precision, device), own_loss)
@@ -36,14 +50,9 @@ def contestant(method: str, options: argparse.Namespace) -> Contestant:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama-small")
+    add_model_options(parser)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--vocab_size", type=int, default=4096)
-    parser.add_argument("--context_length", type=int, default=512)
-    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     contestants = {method: contestant(method, options) for method in options.methods}

@@ -37,16 +37,24 @@ class Contestant:
         device = next(self.model.parameters()).device
         tokens = tokens.to(device)
         started = _now(device)
-        with autocast(self.precision, device):
+        self.backward(tokens)
+        before = _now(device)
+        self.update()
+        ended = _now(device)
+        return ended - started, ended - before
+
+    def backward(self, tokens: Tensor) -> None:
+        """Clipped gradients of the loss on ``tokens``, which are on the model's device."""
+        with autocast(self.precision, tokens.device):
             loss = self.loss(self.model, tokens)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        before = _now(device)
+
+    def update(self) -> None:
+        """The optimisers' step; the gradients are used up."""
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        ended = _now(device)
-        return ended - started, ended - before
 
 
 @dataclass

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kalmagrove.models.build import build_model, model_config
@@ -25,6 +26,7 @@ from kalmagrove.models.convert import to_stock
 from kalmagrove.optim.build import build_optimizers
 from kalmagrove.precision import choose_device, choose_precision
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes, reset_peak_memory
+from optimizer_lab.runs import state_bytes
 from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
 
 PEER = "transformers Llama"
@@ -32,6 +34,7 @@ CONTESTANTS = {
     PEER: ("llama", "adamw"),
     "gpt2 adamw": ("gpt2", "adamw"),
     "llama adamw": ("llama", "adamw"),
+    "slim adamw": ("slim", "adamw"),
     "llama-plus kalma": ("llama-plus", "kalma"),
     "slim kalma": ("slim", "kalma"),
     "kalmagrove adamw": ("kalmagrove", "adamw"),
@@ -49,6 +52,8 @@ def contestant(name: str, options: argparse.Namespace) -> Contestant:
     model: nn.Module = (to_stock(built) if name == PEER else built).to(device).train()
     optimizers = build_optimizers(optimizer, model, lr=3e-3)  # type: ignore[arg-type]
     loss = peer_loss if name == PEER else own_loss
+    if options.compile:
+        loss = torch.compile(loss, dynamic=False)
     return Contestant(model, optimizers, choose_precision(options.precision, device), loss)
 
 
@@ -84,6 +89,17 @@ def measure_memory(name: str, options: argparse.Namespace) -> tuple[int, int]:
     return answer
 
 
+def count_memory(own: Contestant, tokens: Tensor) -> tuple[int, int]:
+    """The same for a model that trains on a GPU already: what torch allocates in a step, and what stays between."""
+    device = next(own.model.parameters()).device
+    parameters = list(own.model.parameters())
+    reset_peak_memory(device)
+    before = torch.cuda.memory_allocated(device)
+    own.step(tokens)
+    stays = sum(p.nbytes for p in parameters) + sum(map(state_bytes, own.optimizers))
+    return peak_memory_bytes(device) - before + stays, sum(p.numel() for p in parameters)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -94,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="forward and backward through torch.compile")
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -105,7 +122,10 @@ def main() -> None:
     print(f"{'model':<20}{'parameters':>12}{'ms/step':>10}{'tokens/s':>10}{'speed':>8}{'peak MiB':>10}")
     for name, times in seconds.items():
         ratio = median_ratio(reference, times)
-        memory, parameters = measure_memory(name, options)
+        on_gpu = choose_device(options.device).type == "cuda"
+        memory, parameters = (
+            count_memory(contestants[name], batch(options, 0)) if on_gpu else measure_memory(name, options)
+        )
         middle = statistics.median(times)
         rows.append(
             {

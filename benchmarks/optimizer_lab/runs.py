@@ -36,12 +36,14 @@ class Scale:
     model: dict[str, Any] = field(default_factory=dict)
 
 
+_TWENTY_MILLION = {"hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1024}
 _FIVE_MILLION = {"hidden_size": 192, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 512}
 SCALES = {
     "llama-1.7m-2k": Scale("llama-mini", 8, "2m"),
     "llama-1.7m-16k": Scale("llama-mini", 64, "4m"),
     "llama-5m-2k": Scale("llama-mini", 8, "2m", _FIVE_MILLION),
     "llama-5m-16k": Scale("llama-mini", 64, "4m", _FIVE_MILLION),
+    "llama-20m-16k": Scale("llama-mini", 64, "20m", _TWENTY_MILLION),
     "kalmagrove-1m-2k": Scale("kalmagrove-mini", 8, "2m"),
 }
 

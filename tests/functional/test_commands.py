@@ -109,6 +109,22 @@ def test_data_prepare_prints_what_it_packed(text_file: Path, capsys: pytest.Capt
     assert Path(packed["folder"], "train.bin").stat().st_size == 2 * packed["splits"]["train"]["tokens"]
 
 
+def test_a_packed_folder_is_data_wherever_it_was_made(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared = json.loads(
+        answer(capsys, "data", "prepare", "--data", str(text_file), "--vocab_size", "300", "--json")[1]
+    )
+    Path(prepared["folder"]).rename(tmp_path / "copied")
+    text_file.unlink()
+    words = ["train", "--data", "copied", "--tokens", "200", "--preset", "llama", "--out", "run"]
+    code, _, error = answer(capsys, *words, *SMALL)
+    assert code == 0, error
+    code, _, error = answer(capsys, *words[:-1], "other", *SMALL, "--data.tokenizer", "tokenizer.json")
+    assert code == 2
+    assert "copied is packed with its own tokeniser; leave data.tokenizer out" in error
+
+
 def test_a_printed_configuration_is_read_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = None
     try:

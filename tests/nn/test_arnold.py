@@ -6,13 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kalmagrove.nn import flex
 from kalmagrove.nn.arnold import (
     DecodingCache,
     MultiResolutionAttention,
     Resolution,
+    chunked_attention,
     local_attention,
     masked_attention,
     pool_blocks,
+    strided_attention,
 )
 
 GROUPS = {
@@ -139,6 +142,40 @@ def test_local_attention_equals_masked_attention(length: int) -> None:
     positions = torch.arange(length)
     visible = Resolution(3, 6, window=5).visible(positions, positions)
     assert torch.allclose(local_attention(query, key, value, 5), masked_attention(query, key, value, visible))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_sees_the_same_window() -> None:
+    # Without a GPU it has no gradient; tests/test_on_a_gpu.py has it.
+    query, key, value = torch.randn(3, 2, 3, 256, 16)
+    torch.testing.assert_close(flex.windowed(query, key, value, 37), local_attention(query, key, value, 37))
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 8])
+@pytest.mark.parametrize("length", [1, 3, 4, 17, 64])
+def test_attention_to_blocks_by_causal_attention_is_the_same(length: int, stride: int) -> None:
+    inputs = [t.requires_grad_() for t in torch.randn(3, 2, 3, length, 6, dtype=torch.float64)]
+
+    def pooled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return query, pool_blocks(key, stride), pool_blocks(value, stride)
+
+    own = strided_attention(*pooled(*inputs), stride)
+    chunked = chunked_attention(Resolution(3, 6, stride), *pooled(*inputs))
+    assert torch.allclose(own, chunked, atol=1e-12)
+    weights = torch.randn(own.shape, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad(y, inputs, weights) for y in (own, chunked)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize("window", [None, 4, 9, 16])
+def test_chunks_of_queries_change_nothing(chunk: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolution = Resolution(3, 6, 4, window)
+    query, key, value = torch.randn(3, 2, 3, 50, 6, dtype=torch.float64)
+    key, value = pool_blocks(key, 4), pool_blocks(value, 4)
+    whole = chunked_attention(resolution, query, key, value)
+    monkeypatch.setattr("kalmagrove.nn.arnold.QUERY_CHUNK", chunk)
+    assert torch.allclose(chunked_attention(resolution, query, key, value), whole, atol=1e-12)
 
 
 def test_pooling_leaves_out_the_block_that_is_not_finished() -> None:

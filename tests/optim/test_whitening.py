@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalmagrove.optim.whitening import PartState, Whitening, eigenbasis, followed_basis
+from kalmagrove.optim.whitening import PartState, Whitening, eigenbasis, followed_basis, in_one
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -179,3 +179,20 @@ def test_the_second_part_has_names_of_its_own() -> None:
     PartState(state, 1)["variance"] = 2
     assert state == {"variance": 1, "variance_1": 2}
     assert "variance" in PartState(state, 1) and "variance" not in PartState(state, 2)
+
+
+def test_states_that_lie_together_are_one_tensor_without_a_copy() -> None:
+    states = [PartState({"basis": torch.full((2, 3), float(index))}) for index in range(3)]
+    joined = in_one(states, "basis")
+    joined += 10
+    assert [float(state["basis"][0, 0]) for state in states] == [10, 11, 12]
+    assert in_one(states, "basis").data_ptr() == joined.data_ptr()
+
+
+@pytest.mark.parametrize("order", [[1, 0], [0, 2], [0, 0], [2]])
+def test_states_in_another_order_or_number_stay_right(order: list[int]) -> None:
+    states = [PartState({"basis": torch.full((2, 3), float(index))}) for index in range(3)]
+    in_one(states, "basis")
+    chosen = in_one([states[index] for index in order], "basis")
+    assert chosen[:, 0, 0].tolist() == order
+    assert [float(state["basis"][0, 0]) for state in states] == [0, 1, 2]

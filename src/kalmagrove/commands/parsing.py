@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from kalmagrove.commands.progress import DataProgress
-from kalmagrove.data.packing import PackedText, default_data_folder, prepare
+from kalmagrove.data.packing import PackedText, default_data_folder, is_packed, open_packed, prepare
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
 
@@ -68,7 +68,17 @@ def say(line: str) -> None:
 
 
 def open_data(config: DataConfig) -> PackedText:
-    """The packed text of a configuration: reused where it was made before, else made now."""
+    """The packed text of a configuration: reused where it was made before, else made now.
+
+    A source that is itself a packed folder, as one that was copied from another machine, is taken as it is.
+
+    Raises:
+        UsageError: A tokeniser is named for a packed folder, which has one.
+    """
+    if config.source is not None and is_packed(Path(config.source)):
+        if config.tokenizer is not None:
+            raise UsageError(f"data.source {config.source} is packed with its own tokeniser; leave data.tokenizer out")
+        return open_packed(Path(config.source))
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )

@@ -166,6 +166,11 @@ def prepare(
     return _reuse(folder, inputs)
 
 
+def is_packed(folder: Path) -> bool:
+    """Whether this is a folder that `prepare` wrote, to look at: `open_packed` examines it."""
+    return (folder / MANIFEST).is_file() and _token_file(folder, "train").is_file()
+
+
 def open_packed(folder: Path, *, verify: bool = True) -> PackedText:
     """Open a folder that `prepare` wrote.
 

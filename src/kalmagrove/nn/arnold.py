@@ -19,7 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmagrove.nn import flex
 from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
+
+QUERY_CHUNK = 512
+"""Queries that meet their keys at a time where a pattern has no fused kernel."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,72 @@ def local_attention(query: Tensor, key: Tensor, value: Tensor, window: int) -> T
     visible = Resolution(heads, head_dim, window=window).visible(positions, keys)
     # The first block has no predecessor: its padding keys are hidden.
     first = (torch.arange(blocks, device=query.device) > 0)[:, None, None] | (keys >= 0)
-    attended = masked_attention(block_query, with_previous(key), with_previous(value), visible & first)
-    return attended.flatten(2, 3)[:, :, :length]
+    # With four axes torch's fused kernels on a GPU can be used.
+    block_query, block_key, block_value = (
+        t.flatten(0, 1) for t in (block_query, with_previous(key), with_previous(value))
+    )
+    attended = masked_attention(block_query, block_key, block_value, visible & first)
+    return attended.unflatten(0, (-1, heads)).flatten(2, 3)[:, :, :length]
+
+
+def strided_attention(query: Tensor, key: Tensor, value: Tensor, stride: int) -> Tensor:
+    """Attention to the finished blocks of ``stride`` tokens, by ordinary causal attention.
+
+    With the null key first, the query at position i sees the keys 0 .. (i + 1) // stride. Queries of equal
+    (i + 1) % stride, in their order, thus see one key more each: the pattern that fused kernels know, and no mask.
+
+    Args:
+        query: (batch, heads, sequence, head_dim).
+        key: Of the blocks, (batch, heads, sequence // stride, head_dim).
+        value: Likewise.
+        stride: Tokens of a block.
+    """
+    length = query.shape[2]
+    rows = length // stride + 1
+    phases = F.pad(query, (0, 0, 1, rows * stride - length - 1)).unflatten(2, (rows, stride))
+    phases = phases.permute(0, 3, 1, 2, 4)
+    key, value = (t[:, None].expand(-1, stride, -1, -1, -1).flatten(0, 1) for t in with_null_key(key, value))
+    attended = F.scaled_dot_product_attention(phases.flatten(0, 1), key, value, is_causal=True)
+    return attended.unflatten(0, (-1, stride)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, 1 : length + 1]
+
+
+def chunked_attention(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same as :func:`strided_attention`, and with a window: chunks of queries meet the keys that they can see.
+
+    On a CPU this is faster than the fused kernel, and no matrix of all scores is ever held.
+    """
+    length, stride, window = query.shape[2], resolution.stride, resolution.window
+    chunks = []
+    for start in range(0, length, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, length)
+        oldest = 0 if window is None else max(0, (start - window + stride) // stride)
+        seen = slice(oldest, max(oldest, end // stride))
+        ends = block_ends(seen.stop - oldest, stride, query.device, start=oldest)
+        positions = torch.arange(start, end, device=query.device)
+        chunks.append(
+            _attend_to_blocks(resolution, query[:, :, start:end], key[:, :, seen], value[:, :, seen], positions, ends)
+        )
+    return torch.cat(chunks, dim=2) if len(chunks) > 1 else chunks[0]
+
+
+def attend(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of a whole text at one resolution.
+
+    Args:
+        resolution: Its stride and window.
+        query: (batch, heads, sequence, head_dim).
+        key: Of the tokens, or of the finished blocks where the stride is above 1: (batch, heads, sequence // stride,
+            head_dim).
+        value: Likewise.
+    """
+    length, stride, window = query.shape[2], resolution.stride, resolution.window
+    if stride == 1:
+        if window is None or window >= length:
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return (flex.windowed if flex.fits(query) else local_attention)(query, key, value, window)
+    if query.is_cuda and (window is None or window >= length):
+        return strided_attention(query, key, value, stride)
+    return chunked_attention(resolution, query, key, value)
 
 
 class DecodingCache:
@@ -244,16 +312,11 @@ class MultiResolutionAttention(nn.Module):
 
     def _attend_whole(self, resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The whole text at once."""
-        length, stride, window = query.shape[2], resolution.stride, resolution.window
-        positions = torch.arange(length, device=query.device)
-        if stride == 1:
-            key = self._place(key, resolution, positions)
-            if window is None or window >= length:
-                return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            return local_attention(query, key, value, window)
-        ends = block_ends(length // stride, stride, query.device)
-        key = self._place(pool_blocks(key, stride), resolution, ends)
-        return _attend_to_blocks(resolution, query, key, pool_blocks(value, stride), positions, ends)
+        stride = resolution.stride
+        if stride > 1:
+            key, value = pool_blocks(key, stride), pool_blocks(value, stride)
+        ends = block_ends(key.shape[2], stride, key.device)
+        return attend(resolution, query, self._place(key, resolution, ends), value)
 
     def _attend_cached(
         self,

@@ -34,7 +34,7 @@ from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_t
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
-from kalmagrove.optim.whitening import PartState, Whitening, row_major
+from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major
 
 METHODS = ("kalma", "table", "adamw", "exact")
 
@@ -259,13 +259,10 @@ class Kalma(torch.optim.Optimizer):
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         layout = _layout(group)
         self._refresh(group, [p for p in parameters if id(p) in seen], seen)
+        parts = self._parts(group, layout, parameters)
         by_shape: dict[tuple[Any, ...], list[_Part]] = {}
-        for index, parameter in enumerate(parameters):
-            innovation, gradient = (layout.parts(whole) for whole in self._innovation(group, layout, parameter))
-            for place, pair in enumerate(zip(innovation, gradient, strict=True)):
-                part = _Part(index, PartState(self.state[parameter], place), *pair)
-                kind = (part.gradient.shape, part.gradient.dtype, part.gradient.device)
-                by_shape.setdefault(kind, []).append(part)
+        for part in parts:
+            by_shape.setdefault((part.gradient.shape, part.gradient.dtype, part.gradient.device), []).append(part)
         whitening = Whitening(
             variance_decay=group["variance_decay"],
             covariance_decay=group["covariance_decay"],
@@ -273,54 +270,94 @@ class Kalma(torch.optim.Optimizer):
             features_only=group["method"] == "table",
         )
         updates: list[list[Tensor]] = [[] for _ in parameters]
-        for parts in by_shape.values():
+        for equal in by_shape.values():
             whitened = whitening.whiten(
-                torch.stack([part.innovation for part in parts]),
-                torch.stack([part.gradient for part in parts]),
-                [part.state for part in parts],
+                torch.stack([part.innovation for part in equal]),
+                torch.stack([part.gradient for part in equal]),
+                [part.state for part in equal],
                 turn=group["step"] % group["turn_every"] == 0,
             )
-            for part, update in zip(parts, whitened, strict=True):
+            for part, update in zip(equal, whitened, strict=True):
                 updates[part.parameter].append(update)
-        lr = float(group["lr"])
-        for parameter, update in zip(parameters, updates, strict=True):
-            # Rounded once: a decay of 1e-4 alone would be lost in bfloat16.
-            master = parameter.to(_master_type(parameter)) * (1 - lr * group["weight_decay"])
-            parameter.copy_(master.sub_(as_shard(layout.restore(update, parameter), parameter), alpha=lr))
+        self._apply(
+            group, parameters, [as_shard(layout.restore(u, p), p) for u, p in zip(updates, parameters, strict=True)]
+        )
 
-    def _innovation(self, group: dict[str, Any], layout: Layout, parameter: Tensor) -> list[Tensor]:
-        """M P and G P of one parameter, (..., outputs, inputs); P is the identity where inputs were never seen."""
-        state, gradient = self.state[parameter], _gradient(parameter, group).to(_master_type(parameter))
-        if "momentum" not in state:
-            state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
-        state["step"] += 1
-        momentum, decay = state["momentum"].lerp_(gradient, 1 - group["momentum"]), group["momentum"]
+    @staticmethod
+    def _apply(group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
+        """Decay and step, rounded once: a decay of 1e-4 alone would be lost in bfloat16."""
+        if not parameters:
+            return
+        lr = float(group["lr"])
+        masters = [p.to(_master_type(p)) for p in parameters]
+        torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(masters, updates, alpha=-lr)
+        for parameter, master in zip(parameters, masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+
+    def _parts(self, group: dict[str, Any], layout: Layout, parameters: list[Tensor]) -> list[_Part]:
+        """The matrices of the parameters with M P and G P, in order; P is the identity where inputs were never seen."""
+        gradients, lookaheads = self._momentum(group, parameters)
+        by_shape: dict[tuple[Any, ...], list[int]] = {}
+        wholes = [[layout.whole(whole_tensor(t)) for t in pair] for pair in zip(lookaheads, gradients, strict=True)]
+        for index, (parameter, pair) in enumerate(zip(parameters, wholes, strict=True)):
+            gain = self.state[parameter].get("gain")
+            key = (pair[0].shape, pair[0].dtype, pair[0].device, None if gain is None else gain.shape)
+            by_shape.setdefault(key, []).append(index)
+        for (*_, gain_shape), indices in by_shape.items():
+            if gain_shape is None:
+                continue
+            gains = in_one([PartState(self.state[parameters[index]]) for index in indices], "gain")
+            both = torch.stack([t for index in indices for t in wholes[index]])
+            rows = both.reshape(len(indices), -1, both.shape[-1])
+            products = times_blocks(rows, gains.to(rows.dtype)).reshape(len(indices), 2, *both.shape[1:])
+            for index, product in zip(indices, products, strict=True):
+                wholes[index] = list(product)
+        return [
+            _Part(index, PartState(self.state[parameters[index]], place), *pair)
+            for index, both in enumerate(wholes)
+            for place, pair in enumerate(zip(*(layout.parts(t) for t in both), strict=True))
+        ]
+
+    def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients, and their moving averages with look-ahead, (1 - m) G + m M, as the parameters are held."""
+        gradients = [_gradient(p, group).to(_master_type(p)) for p in parameters]
+        if not parameters:
+            return gradients, gradients
+        decay, states = group["momentum"], [self.state[p] for p in parameters]
+        for state, gradient in zip(states, gradients, strict=True):
+            if "momentum" not in state:
+                state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
+            state["step"] += 1
+        momenta = [state["momentum"] for state in states]
+        torch._foreach_lerp_(momenta, gradients, 1 - decay)
+        lookaheads = list(torch._foreach_mul(momenta, decay))
+        torch._foreach_add_(lookaheads, gradients, alpha=1 - decay)
         # The look-ahead's weights sum to this while the average is young.
-        lookahead = gradient.lerp(momentum, decay) / (1 - decay ** (state["step"] + 1))
-        both = [layout.whole(whole_tensor(tensor)) for tensor in (lookahead, gradient)]
-        if "gain" not in state:
-            return both
-        rows = torch.stack(both)
-        return list(times_blocks(rows.reshape(-1, rows.shape[-1]), state["gain"].to(rows.dtype)).reshape(rows.shape))
+        torch._foreach_div_(lookaheads, [1 - decay ** (state["step"] + 1) for state in states])
+        return gradients, lookaheads
 
     def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
         """Brings C and P up to date with the inputs that were seen, at the group's own refreshes."""
         is_due = group["step"] % group["refresh_every"] == 0
-        changed: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        changed: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter in parameters:
-            state, (total, count) = self.state[parameter], seen[id(parameter)]
-            if not is_due and "covariance" in state:
-                continue
-            observed = total / count
-            old = state.get("covariance", observed)
+            if is_due or "covariance" not in self.state[parameter]:
+                total = seen[id(parameter)][0]
+                changed.setdefault((total.shape, total.dtype, total.device), []).append(parameter)
+        for equal in changed.values():
+            states = [PartState(self.state[p]) for p in equal]
+            observed = torch.stack([total / count for total, count in (seen[id(p)] for p in equal)])
+            for state, own in zip(states, observed, strict=True):
+                if "covariance" not in state:
+                    state["covariance"] = own.clone()
+            old = in_one(states, "covariance")
             # Inputs that overflowed are left out: C would be lost for good.
-            new = torch.where(torch.isfinite(observed).all(), observed, old).lerp(old, group["covariance_decay"])
-            state["covariance"] = torch.where(torch.isfinite(new).all(), new, torch.zeros_like(new))
-            changed.setdefault((total.shape, total.dtype, total.device), []).append(state)
-        for states in changed.values():
-            gains = damped_inverse(torch.stack([state["covariance"] for state in states]), group["damping"])
-            for state, gain in zip(states, gains, strict=True):
-                state["gain"] = row_major(gain)
+            new = torch.where(_all_finite(observed), observed, old).lerp(old, group["covariance_decay"])
+            old.copy_(torch.where(_all_finite(new), new, torch.zeros_like(new)))
+            for state, gain in zip(states, row_major(damped_inverse(old, group["damping"])), strict=True):
+                state["gain"] = gain
 
     def _refreshes_next(self) -> bool:
         return any(
@@ -477,7 +514,8 @@ def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
         return []
     if any(p.grad.is_sparse for _, p in present):
         raise RuntimeError("Kalma cannot use sparse gradients; make the embedding with sparse=False")
-    finite = torch.isfinite(torch.stack([whole_tensor(p.grad.norm()) for _, p in present])).tolist()
+    norms = torch._foreach_norm([p.grad for _, p in present])
+    finite = torch.isfinite(torch.stack([whole_tensor(norm).to(torch.float32) for norm in norms])).tolist()
     if not all(finite):
         names = group.get("names") or group.get("param_names")
         bad = [
@@ -487,6 +525,11 @@ def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
         ]
         _warn(f"the gradient of {_listed(bad)} is not finite; it keeps its value")
     return [p for (_, p), good in zip(present, finite, strict=True) if good]
+
+
+def _all_finite(matrices: Tensor) -> Tensor:
+    """Whether each of the matrices (matrices, blocks, size, size) is finite, with axes of one in the others' places."""
+    return torch.isfinite(matrices).flatten(1).all(1).view(-1, 1, 1, 1)
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -82,33 +82,44 @@ class Whitening:
         outputs, inputs = gradient.shape[-2:]
         sides = turned_sides(outputs, inputs, features_only=self.features_only)
         bases = {side: self._bases(side, gradient, states, turn) for side in sides}
-        turned = _turn(torch.stack([gradient, innovation]), bases)
-        variances = []
-        for state, square in zip(states, turned[0].square(), strict=True):
+        square = _turn(gradient, bases).square_()
+        for state in states:
             if "variance" not in state:
-                state["variance"] = torch.zeros_like(square)
-            state["variance"].lerp_(square, 1 - self.variance_decay)
-            variances.append(state["variance"] / (1 - self.variance_decay ** state.of_parameter["step"]))
-        variance = torch.stack(variances)
-        variance = variance + self.floor * variance.mean((-2, -1), keepdim=True)
-        return _turn(turned[1] * variance.clamp_min(1e-30).rsqrt(), bases, back=True)
+                state["variance"] = torch.zeros_like(square[0])
+        seen = [1 - self.variance_decay ** state.of_parameter["step"] for state in states]
+        of_matrix = (-1, *[1] * (square.ndim - 1))
+        variance = in_one(states, "variance").lerp_(square, 1 - self.variance_decay)
+        variance = variance / torch.tensor(seen, dtype=square.dtype, device=square.device).view(of_matrix)
+        variance = variance.add_(self.floor * variance.mean((-2, -1), keepdim=True))
+        return _turn(_turn(innovation, bases) * variance.clamp_min_(1e-30).rsqrt_(), bases, back=True)
 
     def _bases(self, side: Side, gradient: Tensor, states: Sequence[PartState], turn: bool) -> Tensor:
         """The eigenbases of one side, (matrices, ..., blocks, size, size), after ``gradient`` is taken in."""
         rows = gradient if side == "right" else gradient.mT
         grams = block_gram(rows, block_count(rows.shape[-1], self.block_size))
         covariance, basis = f"{side}_covariance", f"{side}_basis"
-        known = [state for state in states if basis in state]
-        for state, gram in zip(states, grams, strict=True):
-            if basis in state:
-                state[covariance].lerp_(gram, 1 - self.covariance_decay)
-            else:
+        is_new = [basis not in state for state in states]
+        for state, gram, new in zip(states, grams, is_new, strict=True):
+            if new:
                 state[covariance], state[basis] = row_major(gram), row_major(eigenbasis(gram))
-        if turn and known:
-            stacked = [torch.stack([state[name] for state in known]) for name in (covariance, basis)]
-            for state, turned in zip(known, followed_basis(*stacked), strict=True):
-                state[basis] = row_major(turned)
-        return torch.stack([state[basis] for state in states])
+        followed = in_one(states, covariance).lerp_(grams, 1 - self.covariance_decay)
+        bases = in_one(states, basis)
+        if turn and not all(is_new):
+            bases.copy_(followed_basis(followed, bases))
+        return bases
+
+
+def in_one(states: Sequence[PartState], name: str) -> Tensor:
+    """A state of several matrices as one tensor, which the states then are parts of: what is done to it is theirs."""
+    tensors = [state[name] for state in states]
+    first, count = tensors[0], tensors[0].numel()
+    places = [(t.untyped_storage().data_ptr(), t.storage_offset() - index * count) for index, t in enumerate(tensors)]
+    if len(set(places)) == 1 and all(t.is_contiguous() for t in tensors):
+        return first.as_strided((len(tensors), *first.shape), (count, *first.stride()))
+    joined = torch.stack(tensors)
+    for state, tensor in zip(states, joined, strict=True):
+        state[name] = tensor
+    return joined
 
 
 def turned_sides(outputs: int, inputs: int, *, features_only: bool = False) -> list[Side]:
