@@ -28,9 +28,10 @@ def test_parts_add_up_and_equal_the_real_model(family: str) -> None:
     assert counted.embedding >= 99 * 64
 
 
+@pytest.mark.parametrize("options", [{}, {"embedding_rank": 24}], ids=["", "factorised"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "slim"])
-def test_macs_equal_those_that_pytorch_counts(family: str) -> None:
-    config = model_config(family, SIZES | {"short_conv": 0})
+def test_macs_equal_those_that_pytorch_counts(family: str, options: dict[str, int]) -> None:
+    config = model_config(family, SIZES | {"short_conv": 0} | options)
     model = build_model(config, 0).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         model(torch.zeros(1, 48, dtype=torch.int64))

@@ -20,6 +20,8 @@ from kalmagrove.models.presets import SIZES, preset_names, split_preset
         ({"rank": 129}, "rank 129 must be between 1 and 128"),
         ({"attention": "arnold"}, "attention = arnold needs resolutions"),
         ({"resolutions": [{"num_heads": 1, "head_dim": 4}]}, "resolutions need attention = arnold"),
+        ({"embedding_rank": 129}, "embedding_rank 129 must be between 1 and hidden_size 128"),
+        ({"grove_parts": "heads"}, "grove_parts must be one of all, attention, feed_forward; got 'heads'"),
         ({"short_conv": 1}, "short_conv must be 0"),
         ({"bias": True, "projections": "grove"}, "bias is for dense projections"),
         ({"head_dim": 7}, "head_dim must be even"),

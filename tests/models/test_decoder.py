@@ -27,6 +27,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "letter": {"preset": "kalmagrove", "rank": 10, "shared_sides": "both", "core": "dense", "sharing": "group"},
     "inner-block": {"preset": "kalmagrove", "rank": 8, "shared_sides": "inner", "core": "block", "core_block_size": 4},
     "inner-full": {"preset": "kalmagrove", "shared_sides": "inner", "sharing": "group", "group_size": 3},
+    "grove-feed-forward": {"preset": "kalmagrove", "grove_parts": "feed_forward"},
+    "grove-attention": {"preset": "kalmagrove", "grove_parts": "attention", "sharing": "group"},
+    "factorised": {"preset": "kalmagrove", "embedding_rank": 12},
+    "factorised-untied": {"preset": "llama", "embedding_rank": 12, "tie_word_embeddings": False},
     "untied": {"preset": "llama", "tie_word_embeddings": False},
     "arnold-alone": {"preset": "llama", "attention": "arnold", "resolutions": ARNOLD},
 }
@@ -45,6 +49,15 @@ def variant(name: str) -> KalmaGroveForCausalLM:
 
 def tokens(length: int, batch: int = 2) -> torch.Tensor:
     return torch.randint(0, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def test_a_factorised_embedding_starts_as_large_as_a_full_one() -> None:
+    sizes = {"vocab_size": 4000, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = build_model(KalmaGroveConfig(**sizes, embedding_rank=16), seed=0)
+    table, full = model.model.embed_tokens.weight, build_model(KalmaGroveConfig(**sizes), seed=0)
+    assert table.shape == (4000, 16)
+    for product in (table @ model.model.embed_proj.weight.T, table @ model.lm_head_proj.weight):
+        assert float(product.detach().std()) == pytest.approx(float(full.output_weight().detach().std()), rel=0.15)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.models.projections import grove_rank, projection_sizes, shared_sides
+from kalmagrove.models.projections import grove_rank, is_grove, projection_sizes, shared_sides
 from kalmagrove.nn.arnold import Resolution
 from kalmagrove.precision import autocast
 
@@ -68,11 +68,13 @@ def forward_macs_per_token(config: KalmaGroveConfig, context_length: int) -> flo
         layer += _projection_macs(config, name, in_features, out_features)
     layer += sum(2 * group.width * mean_visible_keys(group, context_length) for group in config.head_groups())
     layer += 2 * config.short_conv * config.attention_width
-    return config.num_hidden_layers * layer + config.hidden_size * config.vocab_size
+    rank = config.embedding_rank
+    embedding = 2 * config.hidden_size * rank if rank is not None else 0
+    return config.num_hidden_layers * layer + embedding + (rank or config.hidden_size) * config.vocab_size
 
 
 def _projection_macs(config: KalmaGroveConfig, name: str, in_features: int, out_features: int) -> float:
-    if config.projections == "dense":
+    if not is_grove(config, name):
         return in_features * out_features
     rank = grove_rank(config, name, in_features, out_features)
     one_sided = len(shared_sides(config, name)) == 1 and config.rank is None

@@ -10,6 +10,7 @@ from kalmagrove.models.choices import (
     Attention,
     CoreKind,
     FeedForwardKind,
+    GroveParts,
     Norm,
     Positions,
     Projections,
@@ -39,6 +40,8 @@ class KalmaGroveConfig(PretrainedConfig):
         attention: "full" or "arnold".
         resolutions: Arnold's groups of heads: dictionaries with num_heads, head_dim, stride, window.
         projections: "dense" or "grove".
+        grove_parts: The parts of a layer whose projections are Grove's, the others being dense: "all", "attention" or
+            "feed_forward".
         rank: Grove's inner size; None is full rank.
         group_size: Layers that share a basis.
         sharing: "group" (disjoint groups of neighbours) or "band" (overlapping pieces of one bank).
@@ -49,6 +52,8 @@ class KalmaGroveConfig(PretrainedConfig):
         short_conv: Taps of the causal convolution on keys and values; 0 is none.
         value_residual: Mix the first layer's values into later layers.
         embedding_residual: Mix the token embedding into the input of every layer.
+        embedding_rank: Inner size of a factorised embedding: a table (vocabulary, rank) that the input and a tied head
+            share, and a matrix between rank and width for each of them; None is one table of full width.
         initializer_range: Standard deviation of initial weights.
         tie_word_embeddings: Whether the output head is the token embedding.
         adaptors: Names of the task cores that the model has.
@@ -77,6 +82,7 @@ class KalmaGroveConfig(PretrainedConfig):
         attention: Attention = "full",
         resolutions: list[dict[str, Any]] | None = None,
         projections: Projections = "dense",
+        grove_parts: GroveParts = "all",
         rank: int | None = None,
         group_size: int = 2,
         sharing: Sharing = "group",
@@ -87,6 +93,7 @@ class KalmaGroveConfig(PretrainedConfig):
         short_conv: int = 0,
         value_residual: bool = False,
         embedding_residual: bool = False,
+        embedding_rank: int | None = None,
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
         adaptors: list[str] | None = None,
@@ -108,6 +115,7 @@ class KalmaGroveConfig(PretrainedConfig):
         self.attention = attention
         self.resolutions = resolutions
         self.projections = projections
+        self.grove_parts = grove_parts
         self.rank = rank
         self.group_size = group_size
         self.sharing = sharing
@@ -118,6 +126,7 @@ class KalmaGroveConfig(PretrainedConfig):
         self.short_conv = short_conv
         self.value_residual = value_residual
         self.embedding_residual = embedding_residual
+        self.embedding_rank = embedding_rank
         self.initializer_range = initializer_range
         self.adaptors = list(adaptors or [])
         self.use_cache = kwargs.pop("use_cache", True)
@@ -155,6 +164,11 @@ class KalmaGroveConfig(PretrainedConfig):
                     f"rank {self.rank} must be between 1 and {width}, the smallest side of a projection; leave rank "
                     "out for full rank"
                 )
+        if self.embedding_rank is not None and not 1 <= self.embedding_rank <= self.hidden_size:
+            raise ValueError(
+                f"embedding_rank {self.embedding_rank} must be between 1 and hidden_size {self.hidden_size}; leave it "
+                "out for one full table"
+            )
         if self.projections == "grove" and self.sharing == "band" and self.shared_sides != "both":
             pieces = [self.rank] if self.rank is not None else [self.attention_width, self.intermediate_size]
             if any(size % self.group_size for size in pieces):
@@ -178,6 +192,7 @@ _CHOICES = {
     "positions": Positions,
     "attention": Attention,
     "projections": Projections,
+    "grove_parts": GroveParts,
     "sharing": Sharing,
     "shared_sides": SharedSides,
     "core": CoreKind,

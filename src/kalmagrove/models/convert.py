@@ -33,6 +33,7 @@ _PLAIN = {
     "short_conv": 0,
     "value_residual": False,
     "embedding_residual": False,
+    "embedding_rank": None,
 }
 _FAMILY: dict[Stock, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "feed_forward": "gelu", "positions": "learned", "bias": True},

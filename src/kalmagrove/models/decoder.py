@@ -106,7 +106,10 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
 
     def __init__(self, config: KalmaGroveConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        rank = config.embedding_rank
+        self.embed_tokens = nn.Embedding(config.vocab_size, rank or config.hidden_size)
+        if rank is not None:
+            self.embed_proj = nn.Linear(rank, config.hidden_size, bias=False)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.bases = GroveBases(config) if config.projections == "grove" else None
@@ -122,6 +125,11 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
+    def embed(self, input_ids: Tensor | None) -> Tensor:
+        """Embeddings (batch, sequence, hidden) of tokens (batch, sequence)."""
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded if self.config.embedding_rank is None else self.embed_proj(embedded)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -134,7 +142,7 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
 
         With ``output_hidden_states`` also the embedding's and each layer's output, the last one normed.
         """
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         offset = 0 if cache is None else cache.length
         length = x.shape[1]
         if offset + length > self.config.max_position_embeddings:
@@ -166,11 +174,15 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = KalmaGroveModel(config)
         # With tied embeddings the head is the embedding itself, not a second name for it.
+        rank = config.embedding_rank
         self.lm_head = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if config.tie_word_embeddings else nn.Linear(rank or config.hidden_size, config.vocab_size, bias=False)
         )
+        if rank is not None:
+            self.lm_head_proj = nn.Linear(config.hidden_size, rank, bias=False)
         self.post_init()
         self._scale_outputs()
+        self._scale_embedding_factors()
         for name in config.adaptors:
             self._add_adaptor(name)
 
@@ -181,11 +193,23 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         for parameter in write_parameters(self):
             parameter.mul_(scale)
 
+    @torch.no_grad()
+    def _scale_embedding_factors(self) -> None:
+        """The product with the table gets the entries' size that one full table has."""
+        rank = self.config.embedding_rank
+        if rank is not None:
+            for factor in (self.model.embed_proj, self.lm_head_proj):
+                factor.weight.mul_(rank**-0.5 / self.config.initializer_range)
+
     def get_output_embeddings(self) -> nn.Module:
         return self.model.embed_tokens if self.lm_head is None else self.lm_head
 
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What the output weight multiplies: the hidden states, or with a factorised embedding their projection."""
+        return hidden if self.config.embedding_rank is None else self.lm_head_proj(hidden)
+
     def output_weight(self) -> Tensor:
-        """The matrix that makes logits, (vocabulary, hidden)."""
+        """The matrix that makes logits, (vocabulary, hidden or embedding_rank)."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
@@ -225,7 +249,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             input_ids, cache=cache, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
         )
         hidden = outputs.last_hidden_state
-        logits = F.linear(hidden[:, -logits_to_keep:], self.output_weight())
+        logits = F.linear(self.before_head(hidden[:, -logits_to_keep:]), self.output_weight())
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
@@ -238,7 +262,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         The logits are made and reduced in slices, so that they never lie in memory as a whole.
         """
         hidden = self.model(input_ids).last_hidden_state
-        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight(), targets.flatten())
+        return linear_cross_entropy(self.before_head(hidden).flatten(0, 1), self.output_weight(), targets.flatten())
 
     def new_cache(self) -> DecodingCache:
         """An empty cache for decoding."""

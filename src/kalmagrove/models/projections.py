@@ -22,6 +22,8 @@ class GroveBases(nn.Module):
         self.left = nn.ModuleDict()
         self.right = nn.ModuleDict()
         for name, (in_features, out_features) in projection_sizes(config).items():
+            if not is_grove(config, name):
+                continue
             rank = grove_rank(config, name, in_features, out_features)
             if "left" in shared_sides(config, name):
                 self.left[name] = _bank(config, out_features, rank, rank_axis=1)
@@ -65,6 +67,12 @@ def projection_sizes(config: KalmaGroveConfig) -> dict[str, tuple[int, int]]:
     return sizes | {"up_proj": (hidden, inner), "down_proj": (inner, hidden)}
 
 
+def is_grove(config: KalmaGroveConfig, name: str) -> bool:
+    """Whether a projection is a Grove layer."""
+    part = "feed_forward" if name in ("gate_proj", "up_proj", "down_proj") else "attention"
+    return config.projections == "grove" and config.grove_parts in ("all", part)
+
+
 def shared_sides(config: KalmaGroveConfig, name: str) -> tuple[str, ...]:
     """The sides of a projection whose basis is shared: "left" is U, "right" is V."""
     if config.shared_sides == "both":
@@ -89,8 +97,9 @@ def projection_factory(config: KalmaGroveConfig, bases: GroveBases | None, layer
     def dense(name: str, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features, bias=config.bias)
 
-    def grove(name: str, in_features: int, out_features: int) -> nn.Module:
-        assert bases is not None
+    def projection(name: str, in_features: int, out_features: int) -> nn.Module:
+        if bases is None or not is_grove(config, name):
+            return dense(name, in_features, out_features)
         sides = shared_sides(config, name)
         other: Literal["private", "identity"] = "private" if config.rank is not None else "identity"
         # A private factor absorbs a diagonal core.
@@ -107,4 +116,4 @@ def projection_factory(config: KalmaGroveConfig, bases: GroveBases | None, layer
             std=factor_std(config),
         )
 
-    return dense if bases is None else grove
+    return projection

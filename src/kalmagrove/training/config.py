@@ -11,6 +11,7 @@ from kalmagrove.models.choices import (
     Attention,
     CoreKind,
     FeedForwardKind,
+    GroveParts,
     Norm,
     Positions,
     Projections,
@@ -64,6 +65,7 @@ class ModelConfig:
         attention: Full, or Arnold's several resolutions.
         resolutions: Arnold's groups of heads: a list of num_heads, head_dim, stride, window.
         projections: Dense, or Grove's shared bases.
+        grove_parts: The parts of a layer whose projections are Grove's; the others are dense.
         rank: Grove's inner size; left out is full rank.
         group_size: Layers that share one of Grove's bases.
         sharing: Disjoint groups of neighbours, or overlapping bands of one bank.
@@ -74,6 +76,7 @@ class ModelConfig:
         short_conv: Taps of the causal convolution on keys and values; 0 is none.
         value_residual: Mix the first layer's values into later layers.
         embedding_residual: Mix the token embedding into every layer's input.
+        embedding_rank: Inner size of a factorised embedding; left out is one full table.
         tie_word_embeddings: Use the token embedding as the output head.
     """
 
@@ -89,6 +92,7 @@ class ModelConfig:
     attention: Attention | None = None
     resolutions: list[dict[str, Any]] | None = None
     projections: Projections | None = None
+    grove_parts: GroveParts | None = None
     rank: int | None = None
     group_size: int | None = None
     sharing: Sharing | None = None
@@ -99,6 +103,7 @@ class ModelConfig:
     short_conv: int | None = None
     value_residual: bool | None = None
     embedding_residual: bool | None = None
+    embedding_rank: int | None = None
     tie_word_embeddings: bool | None = None
 
     def overrides(self) -> dict[str, Any]:
