@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kalmagrove.files import write_json_atomic
-from kalmagrove.nn.arnold import Resolution, attend, pool_blocks
+from kalmagrove.nn.arnold import BlockPooling, Resolution, attend
 from kalmagrove.precision import choose_device, synchronize
 from kalmagrove.training.environment import describe_environment
 
@@ -50,7 +50,8 @@ def contestants(options: argparse.Namespace, length: int, device: torch.device) 
 
 def _pooled_attend(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if resolution.stride > 1:
-        key, value = pool_blocks(key, resolution.stride), pool_blocks(value, resolution.stride)
+        pool = BlockPooling(key.shape[1], resolution.head_dim, resolution.stride).to(key)
+        key, value = pool(key, value)
     return attend(resolution, query, key, value)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kalmagrove.optim.build import build_optimizers, remember_peak_rates
+from kalmagrove.optim.build import build_optimizers, plain_groups, remember_peak_rates
 from kalmagrove.optim.groups import kalma_groups
 
 Optimizers = list[torch.optim.Optimizer]
@@ -65,12 +65,7 @@ def soap(model: nn.Module, lr: float, precondition_frequency: int = 3) -> Optimi
         weight_decay=0.1,
         precondition_frequency=precondition_frequency,
     )
-    rest = torch.optim.AdamW(
-        [p for group in groups if group["method"] != "kalma" for p in group["params"]],
-        lr=AUXILIARY_LR,
-        betas=BETAS,
-        weight_decay=0.0,
-    )
+    rest = torch.optim.AdamW(plain_groups(group for group in groups if group["method"] != "kalma"), betas=BETAS)
     optimizers = [matrices, rest]
     remember_peak_rates(optimizers)
     return optimizers

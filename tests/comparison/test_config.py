@@ -64,6 +64,8 @@ def test_what_is_not_a_duration_is_named(text: str) -> None:
 
 
 def test_learning_rates_and_warm_up_have_defaults_for_each_optimiser() -> None:
-    assert OptimConfig(name="adamw").peak_lr == 1.5e-3 and OptimConfig(name="muon").peak_lr == 1e-2
-    assert OptimConfig(name="adamw", lr=0.01, lr_scale=0.5).peak_lr == 0.005
+    assert OptimConfig(name="adamw").peak_rates()["lr"] == 1.5e-3
+    assert OptimConfig(name="muon").peak_rates()["lr"] == 1e-2
+    scaled = OptimConfig(name="adamw", lr=0.01, lr_scale=0.5).peak_rates()
+    assert scaled == {"lr": 0.005, "auxiliary_lr": 0.01, "core_lr": 0.001}
     assert OptimConfig(name="kalma").warmup_part > OptimConfig(name="muon").warmup_part

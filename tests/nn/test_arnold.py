@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 from kalmagrove.nn import flex
 from kalmagrove.nn.arnold import (
+    BlockPooling,
     DecodingCache,
     MultiResolutionAttention,
     Resolution,
     chunked_attention,
     local_attention,
     masked_attention,
-    pool_blocks,
     strided_attention,
 )
 
@@ -44,8 +44,11 @@ def attention(groups: tuple[Resolution, ...], *, tricks: bool = True, seed: int 
     return layer
 
 
-def naive_group(query: Tensor, key: Tensor, value: Tensor, group: Resolution) -> Tensor:
-    """Equation 4 for one head, query by query: (sequence, head_dim) each, keys and values not pooled yet."""
+def naive_group(query: Tensor, key: Tensor, value: Tensor, group: Resolution, pool: tuple[Tensor, Tensor]) -> Tensor:
+    """Equation 4 for one head, query by query: (sequence, head_dim) each, keys and values not pooled yet.
+
+    ``pool`` is what weighs the tokens of a block: a query (head_dim,) and a bias (stride,).
+    """
     outputs = []
     for position in range(len(query)):
         scores, seen = ([0.0], [torch.zeros_like(value[0])]) if group.stride > 1 else ([], [])
@@ -53,9 +56,10 @@ def naive_group(query: Tensor, key: Tensor, value: Tensor, group: Resolution) ->
             first, last = block * group.stride, (block + 1) * group.stride - 1
             if last > position or (group.window is not None and first <= position - group.window):
                 continue
-            pooled_key = key[first : last + 1].mean(dim=0)
+            parts = (key[first : last + 1] @ pool[0] + pool[1]).softmax(dim=0)
+            pooled_key = parts @ key[first : last + 1]
             scores.append(float(query[position] @ pooled_key) / math.sqrt(group.head_dim))
-            seen.append(value[first : last + 1].mean(dim=0))
+            seen.append(parts @ value[first : last + 1])
         weights = torch.tensor(scores, dtype=value.dtype).softmax(dim=0)
         outputs.append(sum(weight * v for weight, v in zip(weights, seen, strict=True)))
     return torch.stack(outputs)
@@ -71,7 +75,13 @@ def test_a_group_equals_the_sum_of_the_paper_written_out(group: Resolution, leng
         projection(x)[0].unflatten(-1, (group.num_heads, group.head_dim)).transpose(0, 1)
         for projection in (layer.q_proj, layer.k_proj, layer.v_proj)
     ]
-    naive = [naive_group(q.detach(), k.detach(), v.detach(), group) for q, k, v in zip(*heads, strict=True)]
+    pools = [(torch.zeros(group.head_dim), torch.zeros(1))] * group.num_heads
+    if group.stride > 1:
+        pools = list(zip(layer.pools["0"].query.detach()[:, 0], layer.pools["0"].bias.detach()[:, 0], strict=True))
+    naive = [
+        naive_group(q.detach(), k.detach(), v.detach(), group, (pool[0].double(), pool[1].double()))
+        for q, k, v, pool in zip(*heads, pools, strict=True)
+    ]
     expected = layer.o_proj(torch.cat(naive, dim=-1))
     assert torch.allclose(layer(x)[0][0], expected, atol=1e-12)
 
@@ -157,7 +167,7 @@ def test_attention_to_blocks_by_causal_attention_is_the_same(length: int, stride
     inputs = [t.requires_grad_() for t in torch.randn(3, 2, 3, length, 6, dtype=torch.float64)]
 
     def pooled(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return query, pool_blocks(key, stride), pool_blocks(value, stride)
+        return query, *BlockPooling(3, 6, stride).double()(key, value)
 
     own = strided_attention(*pooled(*inputs), stride)
     chunked = chunked_attention(Resolution(3, 6, stride), *pooled(*inputs))
@@ -172,15 +182,31 @@ def test_attention_to_blocks_by_causal_attention_is_the_same(length: int, stride
 def test_chunks_of_queries_change_nothing(chunk: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     resolution = Resolution(3, 6, 4, window)
     query, key, value = torch.randn(3, 2, 3, 50, 6, dtype=torch.float64)
-    key, value = pool_blocks(key, 4), pool_blocks(value, 4)
+    key, value = BlockPooling(3, 6, 4).double()(key, value)
     whole = chunked_attention(resolution, query, key, value)
     monkeypatch.setattr("kalmagrove.nn.arnold.QUERY_CHUNK", chunk)
     assert torch.allclose(chunked_attention(resolution, query, key, value), whole, atol=1e-12)
 
 
-def test_pooling_leaves_out_the_block_that_is_not_finished() -> None:
+def test_pooling_starts_as_the_mean_and_leaves_out_the_block_that_is_not_finished() -> None:
     x = torch.arange(7.0).reshape(1, 1, 7, 1)
-    assert pool_blocks(x, 3).flatten().tolist() == [1.0, 4.0]
+    for pooled in BlockPooling(1, 1, 3)(x, 10 * x):
+        assert (pooled / pooled[0, 0, 0]).flatten().tolist() == [1.0, 4.0]
+
+
+def test_pooling_weighs_tokens_by_their_keys_and_places() -> None:
+    key, value = torch.randn(2, 1, 2, 6, 4)
+    pool = BlockPooling(2, 4, 3)
+    with torch.no_grad():
+        pool.query.normal_()
+        pool.bias.normal_()
+    for head in range(2):
+        scores = key[0, head] @ pool.query[head, 0] + pool.bias[head, 0].repeat(2)
+        for block in range(2):
+            here = slice(3 * block, 3 * block + 3)
+            weights = scores[here].softmax(0)
+            for pooled, x in zip(pool(key, value), (key, value), strict=True):
+                torch.testing.assert_close(pooled[0, head, block], weights @ x[0, head, here])
 
 
 def test_full_attention_equals_pytorchs_own() -> None:

@@ -83,6 +83,14 @@ def test_layers_of_a_group_share_one_tensor_and_other_groups_do_not() -> None:
     assert len(bank.bases) == 3
 
 
+def test_a_cycle_uses_its_bases_in_turns() -> None:
+    bank = GroveBank(6, 13, num_layers=5, group_size=2, sharing="cycle", rank_axis=0)
+    layers = [bank.of_layer(layer)[0] for layer in range(5)]
+    assert len(bank.bases) == 3
+    assert layers[0] is layers[3] and layers[1] is layers[4]
+    assert len({id(basis) for basis in layers}) == 3
+
+
 def test_a_band_shares_pieces_with_the_neighbours_and_keeps_their_place() -> None:
     bank = GroveBank(6, 13, num_layers=4, group_size=2, sharing="band", rank_axis=0)
     layers = [bank.of_layer(layer) for layer in range(4)]

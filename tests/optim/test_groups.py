@@ -15,7 +15,8 @@ SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "head_dim"
 def test_groups_hold_every_parameter_once_and_embeddings_are_tables(preset: str) -> None:
     model = build_model(model_config(preset, SIZES), 0)
     groups = kalma_groups(model)
-    matrices, tables, rest = groups
+    matrices, tables, rest, *cores = groups
+    assert len(cores) == (preset == "kalmagrove")
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     assert all("embed" not in name for name in matrices["names"])
     assert all(p.ndim == 2 for p in matrices["params"])
@@ -24,6 +25,16 @@ def test_groups_hold_every_parameter_once_and_embeddings_are_tables(preset: str)
     text = describe_groups(groups)
     assert text.startswith(f"kalma: {len(matrices['params'])} tensors, ")
     assert "table: " in text and "embed_tokens" in text and "adamw: " in text
+
+
+def test_cores_and_adaptors_have_a_rate_of_their_own() -> None:
+    model = build_model(model_config("kalmagrove", SIZES | {"adaptors": ["law"]}), 0)
+    cores = kalma_groups(model, core_lr=0.004)[-1]
+    assert cores["lr"] == 0.004 and cores["method"] == "adamw"
+    assert {name.split(".")[-1] for name in cores["names"]} == {"core", "law"}
+    dense = build_model(model_config("kalmagrove", SIZES | {"core": "dense"}), 0)
+    matrices = kalma_groups(dense)[0]["names"]
+    assert any(name.endswith(".core") for name in matrices)
 
 
 def test_a_tied_head_is_found_by_identity() -> None:

@@ -44,7 +44,8 @@ class KalmaGroveConfig(PretrainedConfig):
             "feed_forward".
         rank: Grove's inner size; None is full rank.
         group_size: Layers that share a basis.
-        sharing: "group" (disjoint groups of neighbours) or "band" (overlapping pieces of one bank).
+        sharing: "group" (disjoint groups of neighbours), "cycle" (the bases in turns) or "band" (overlapping pieces of
+            one bank).
         shared_sides: "residual" (the bases that touch the residual stream), "inner" (those that do not) or "both".
         core: Form of Sigma: "diagonal", "block" or "dense".
         core_block_size: Side of a block of a block-diagonal core.

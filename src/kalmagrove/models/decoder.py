@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
-from kalmagrove.nn.arnold import DecodingCache, MultiResolutionAttention
+from kalmagrove.nn.arnold import BlockPooling, DecodingCache, MultiResolutionAttention
 from kalmagrove.nn.grove import Basis, GroveLinear
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
@@ -86,7 +86,7 @@ class KalmaGrovePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, GroveLinear | ShortConvolution):
+        elif isinstance(module, GroveLinear | ShortConvolution | BlockPooling):
             module.reset_parameters()
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)

@@ -3,9 +3,9 @@
 A model's heads are divided into groups; each group has its own resolution: how many heads of which size, the
 stride at which it sees keys and values, and how far back it looks. The output projection sums the groups.
 
-At stride s > 1 a key is the mean of the s keys of a *finished* block: block j holds the tokens j s .. (j + 1) s - 1
-and is visible from its last token on, so no position sees a later token. Before the first block is finished a
-query attends to nothing: every coarse group has a null key with score 0 and value 0.
+At stride s > 1 a key is a weighted mean of the s keys of a *finished* block: block j holds the tokens j s ..
+(j + 1) s - 1 and is visible from its last token on, so no position sees a later token. Before the first block is
+finished a query attends to nothing: every coarse group has a null key with score 0 and value 0.
 
 Shapes: queries, keys and values are (batch, heads, sequence, head_dim).
 """
@@ -66,10 +66,36 @@ class Resolution:
         return seen
 
 
-def pool_blocks(x: Tensor, stride: int) -> Tensor:
-    """Means of the finished blocks of ``stride`` tokens: (..., sequence // stride, head_dim)."""
-    finished = x.shape[-2] // stride
-    return x[..., : finished * stride, :].unflatten(-2, (finished, stride)).mean(dim=-2)
+class BlockPooling(nn.Module):
+    """A key and a value for each finished block: means weighted by what the tokens' keys say, and by their place.
+
+    Each head has a query of its own and a bias for each place in the block; a softmax over the block gives the weights.
+    At the start all are zero, which is the plain mean.
+    """
+
+    def __init__(self, num_heads: int, head_dim: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        # Three axes, as in a depthwise convolution: optimisers for matrices rightly leave them alone.
+        self.query = nn.Parameter(torch.empty(num_heads, 1, head_dim))
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, stride))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The plain mean."""
+        self.query.zero_()
+        self.bias.zero_()
+
+    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, heads, sequence, head_dim) each to (batch, heads, sequence // stride, head_dim)."""
+        finished = key.shape[-2] // self.stride
+        keys, values = (
+            x[..., : finished * self.stride, :].unflatten(-2, (finished, self.stride)) for x in (key, value)
+        )
+        scores = (keys * self.query.to(key.dtype).unsqueeze(1)).sum(-1) + self.bias.to(key.dtype)
+        weights = scores.softmax(dim=-1).unsqueeze(-1)
+        return (weights * keys).sum(-2), (weights * values).sum(-2)
 
 
 def block_ends(count: int, stride: int, device: torch.device, start: int = 0) -> Tensor:
@@ -257,6 +283,13 @@ class MultiResolutionAttention(nn.Module):
         if value_residual:
             self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5]))
         self.value_residual = value_residual
+        self.pools = nn.ModuleDict(
+            {
+                str(index): BlockPooling(resolution.num_heads, resolution.head_dim, resolution.stride)
+                for index, resolution in enumerate(self.resolutions)
+                if resolution.stride > 1
+            }
+        )
 
     def forward(
         self, x: Tensor, first_values: Tensor | None = None, state: dict[str, Tensor] | None = None, offset: int = 0
@@ -290,9 +323,9 @@ class MultiResolutionAttention(nn.Module):
             q, k, v = (_to_heads(t, resolution.head_dim) for t in (group_query, group_key, group_value))
             q = self._place(q, resolution, positions, gain)
             if state is None:
-                output = self._attend_whole(resolution, q, k, v)
+                output = self._attend_whole(index, q, k, v)
             else:
-                output = self._attend_cached(resolution, q, k, v, positions, state, f"{index}.")
+                output = self._attend_cached(index, q, k, v, positions, state)
             attended.append(output.transpose(1, 2).flatten(2))
         return self.o_proj(torch.cat(attended, dim=-1) if len(attended) > 1 else attended[0]), own_values
 
@@ -310,25 +343,19 @@ class MultiResolutionAttention(nn.Module):
                 x = x * gain.to(x.dtype)[:, None, None]
         return self.rotary[str(resolution.head_dim)](x, positions) if len(self.rotary) else x
 
-    def _attend_whole(self, resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _attend_whole(self, group: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The whole text at once."""
-        stride = resolution.stride
+        resolution, stride = self.resolutions[group], self.resolutions[group].stride
         if stride > 1:
-            key, value = pool_blocks(key, stride), pool_blocks(value, stride)
+            key, value = self.pools[str(group)](key, value)
         ends = block_ends(key.shape[2], stride, key.device)
         return attend(resolution, query, self._place(key, resolution, ends), value)
 
     def _attend_cached(
-        self,
-        resolution: Resolution,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        state: dict[str, Tensor],
-        prefix: str,
+        self, group: int, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, state: dict[str, Tensor]
     ) -> Tensor:
         """New tokens against what the cache remembers; the cache then forgets what no later query can see."""
+        resolution, prefix = self.resolutions[group], f"{group}."
         stride, seen = resolution.stride, int(positions[0])
         total = seen + query.shape[2]
         if stride == 1:
@@ -340,8 +367,8 @@ class MultiResolutionAttention(nn.Module):
             ends = block_ends(finished, stride, key.device, start=seen // stride)
             for name, tensor in (("open_keys", key), ("open_values", value)):
                 state[prefix + name] = tensor[:, :, finished * stride :]
-            key = self._place(pool_blocks(key, stride), resolution, ends)
-            value = pool_blocks(value, stride)
+            key, value = self.pools[str(group)](key, value)
+            key = self._place(key, resolution, ends)
         key = _remember(state, prefix + "keys", key)
         value = _remember(state, prefix + "values", value)
         count = key.shape[2]

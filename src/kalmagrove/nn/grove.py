@@ -251,7 +251,8 @@ class GroveBank(nn.Module):
         columns: Columns of each layer's basis.
         num_layers: Layers of the model.
         group_size: Layers that share one basis.
-        sharing: "group": disjoint groups of neighbours. "band": each layer's basis is made of ``group_size``
+        sharing: "group": disjoint groups of neighbours. "cycle": the bases in turns, again and again, so that layers
+            far apart share. "band": each layer's basis is made of ``group_size``
             pieces along the rank, of which it shares all but one with the next layer, so that every piece serves
             ``group_size`` layers and no two layers have the same basis. A piece keeps its place within the rank in
             every layer that uses it, so that the units of a head keep their resolution.
@@ -269,7 +270,7 @@ class GroveBank(nn.Module):
         *,
         num_layers: int,
         group_size: int,
-        sharing: Literal["group", "band"],
+        sharing: Literal["group", "cycle", "band"],
         rank_axis: Literal[0, 1],
         std: float = 0.02,
     ) -> None:
@@ -289,6 +290,8 @@ class GroveBank(nn.Module):
         """The pieces that the basis of a layer is made of, in the order of the rank."""
         if self.sharing == "group":
             return (self._piece(layer // self.group_size),)
+        if self.sharing == "cycle":
+            return (self._piece(layer % len(self.bases)),)
         pieces = range(layer, layer + self.group_size)
         return tuple(self._piece(index) for index in sorted(pieces, key=lambda index: index % self.group_size))
 

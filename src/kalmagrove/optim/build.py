@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ def build_optimizers(
     *,
     lr: float,
     auxiliary_lr: float = 2e-2,
+    core_lr: float = 2e-3,
     weight_decay: float = 0.1,
     momentum: float = 0.9,
     damping: float = 0.1,
@@ -30,6 +32,7 @@ def build_optimizers(
         model: Its parameters are divided by :func:`~kalmagrove.optim.kalma.kalma_groups`.
         lr: Of the hidden matrices.
         auxiliary_lr: Of embeddings, heads and vectors: a rate of their own is worth more to AdamW than to the others.
+        core_lr: Of Grove's cores that are not matrices.
         weight_decay: Of the hidden matrices.
         momentum: Of Kalma and Muon.
         damping: Of Kalma's P.
@@ -43,7 +46,7 @@ def build_optimizers(
         ValueError: The name is unknown.
     """
     optimizers: list[torch.optim.Optimizer]
-    groups = kalma_groups(model, lr=lr, weight_decay=weight_decay, auxiliary_lr=auxiliary_lr)
+    groups = kalma_groups(model, lr=lr, weight_decay=weight_decay, auxiliary_lr=auxiliary_lr, core_lr=core_lr)
     if name == "kalma":
         kalma = Kalma(groups, lr=lr, momentum=momentum, damping=damping, refresh_every=refresh_every, betas=betas)
         kalma.attach(model)
@@ -62,15 +65,18 @@ def build_optimizers(
             for group in matrices
         ]
         if rest:
-            members = [p for group in rest for p in group["params"]]
-            optimizers.append(torch.optim.AdamW(members, lr=auxiliary_lr, betas=betas, weight_decay=0.0))
+            optimizers.append(torch.optim.AdamW(plain_groups(rest), betas=betas))
     elif name == "adamw":
-        adamw_groups = [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
-        optimizers = [torch.optim.AdamW(adamw_groups, betas=betas)]
+        optimizers = [torch.optim.AdamW(plain_groups(groups), betas=betas)]
     else:
         raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
     remember_peak_rates(optimizers)
     return optimizers
+
+
+def plain_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What every optimiser of torch understands of groups: parameters, learning rate and decay."""
+    return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]
 
 
 def remember_peak_rates(optimizers: list[torch.optim.Optimizer]) -> None:

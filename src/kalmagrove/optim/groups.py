@@ -19,6 +19,7 @@ def kalma_groups(
     lr: float = 3e-3,
     weight_decay: float = 0.1,
     auxiliary_lr: float = 2e-2,
+    core_lr: float = 2e-3,
     auxiliary_weight_decay: float = 0.0,
     fused: Mapping[str, int] = FUSED_PROJECTIONS,
 ) -> list[dict[str, Any]]:
@@ -34,7 +35,9 @@ def kalma_groups(
         lr: Of the hidden matrices.
         weight_decay: Of the hidden matrices.
         auxiliary_lr: Of embeddings, heads and vectors.
-        auxiliary_weight_decay: Of embeddings, heads and vectors.
+        core_lr: Of vectors and blocks between the factors of a matrix: parameters named ``core``, and their
+            ``adaptors``. They multiply whole rows, and at the rate of other vectors they cost more than they bring.
+        auxiliary_weight_decay: Of embeddings, heads, vectors and cores.
         fused: Parts of names of parameters that fuse matrices, with their number. Applied where the outputs can be
             divided by it; for unequal parts make a group of your own with ``split_sizes``.
 
@@ -48,6 +51,7 @@ def kalma_groups(
     }
     matrices: dict[tuple[Any, ...], list[tuple[str, Tensor]]] = {}
     vocabularies: list[tuple[str, Tensor]] = []
+    cores: list[tuple[str, Tensor]] = []
     rest: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -61,15 +65,17 @@ def kalma_groups(
             matrices.setdefault((is_transposed, split, stacked), []).append((name, parameter))
         elif parameter.ndim == 2 and id(parameter) in tables:
             vocabularies.append((name, parameter))
+        elif "core" in name.split(".") or "adaptors" in name.split("."):
+            cores.append((name, parameter))
         else:
             rest.append((name, parameter))
     groups = [
         _group("kalma", members, lr, weight_decay) | {"transposed": key[0], "split_sizes": key[1], "stacked": key[2]}
         for key, members in matrices.items()
     ]
-    others = {"table": vocabularies, "adamw": rest}
+    others = (("table", vocabularies, auxiliary_lr), ("adamw", rest, auxiliary_lr), ("adamw", cores, core_lr))
     return groups + [
-        _group(method, members, auxiliary_lr, auxiliary_weight_decay) for method, members in others.items() if members
+        _group(method, members, rate, auxiliary_weight_decay) for method, members, rate in others if members
     ]
 
 

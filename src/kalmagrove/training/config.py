@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from kalmagrove.errors import UsageError
 from kalmagrove.models.choices import (
@@ -117,12 +117,21 @@ _DEFAULT_LR: dict[str, float] = {"kalma": 3e-3, "muon": 1e-2, "adamw": 1.5e-3}
 
 _RANGES = (
     ("auxiliary_lr", 0.0, 10.0),
+    ("core_lr", 0.0, 10.0),
     ("weight_decay", 0.0, 10.0),
     ("momentum", 0.0, 1.0),
     ("beta1", 0.0, 1.0),
     ("beta2", 0.0, 1.0),
     ("refresh_every", 1, 1_000_000),
 )
+
+
+class PeakRates(TypedDict):
+    """Learning rates: of the hidden matrices, of embeddings, head and vectors, and of Grove's cores."""
+
+    lr: float
+    auxiliary_lr: float
+    core_lr: float
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,7 @@ class OptimConfig:
         lr: Peak learning rate of the hidden matrices. Left out: 3e-3 for kalma, 1e-2 for muon, 1.5e-3 for adamw.
         lr_scale: Multiplies every learning rate.
         auxiliary_lr: Peak learning rate of embeddings, head and vectors.
+        core_lr: Peak learning rate of Grove's diagonal and block-diagonal cores.
         weight_decay: Decoupled decay of the matrices.
         momentum: Of kalma and muon.
         damping: Of Kalma's P, relative to the mean input power.
@@ -150,6 +160,7 @@ class OptimConfig:
     lr: float | None = None
     lr_scale: float = 1.0
     auxiliary_lr: float = 2e-2
+    core_lr: float = 2e-3
     weight_decay: float = 0.1
     momentum: float = 0.9
     damping: float = 0.1
@@ -175,10 +186,10 @@ class OptimConfig:
         if self.grad_clip < 0:
             raise UsageError(f"optim.grad_clip must be 0 (none) or positive, got {self.grad_clip}")
 
-    @property
-    def peak_lr(self) -> float:
-        """Peak learning rate of the matrices."""
-        return self.lr_scale * (_DEFAULT_LR[self.name] if self.lr is None else self.lr)
+    def peak_rates(self) -> PeakRates:
+        """Peak learning rates of every kind of parameter."""
+        lr, scale = _DEFAULT_LR[self.name] if self.lr is None else self.lr, self.lr_scale
+        return {"lr": scale * lr, "auxiliary_lr": scale * self.auxiliary_lr, "core_lr": scale * self.core_lr}
 
     @property
     def warmup_part(self) -> float:

@@ -79,8 +79,7 @@ class TrainingRun:
         self.optimizers = build_optimizers(
             optim.name,
             self.model,
-            lr=optim.peak_lr,
-            auxiliary_lr=optim.auxiliary_lr * optim.lr_scale,
+            **optim.peak_rates(),
             weight_decay=optim.weight_decay,
             momentum=optim.momentum,
             damping=optim.damping,

@@ -61,9 +61,7 @@ def describe_run(run: TrainingRun) -> list[str]:
         f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {run.device.type}, {run.precision}",
     ]
     optim = run.config.optim
-    groups = kalma_groups(
-        run.model, lr=optim.peak_lr, auxiliary_lr=optim.auxiliary_lr * optim.lr_scale, weight_decay=optim.weight_decay
-    )
+    groups = kalma_groups(run.model, weight_decay=optim.weight_decay, **optim.peak_rates())
     methods = {"kalma": optim.name} | ({} if optim.name == "kalma" else {"table": "adamw"})
     shown = [group | {"method": methods.get(group["method"], group["method"])} for group in groups]
     return [*lines, *describe_groups(shown).splitlines()]
