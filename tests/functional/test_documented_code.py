@@ -9,13 +9,13 @@ import torch
 GUIDES = Path(__file__).parents[2] / "docs" / "guides"
 BLOCKS = [
     pytest.param(block, id=f"{page}-{number}")
-    for page in ("parts", "kalma")
+    for page in ("parts", "kalma", "grove", "arnold")
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", (GUIDES / f"{page}.md").read_text(), re.DOTALL))
 ]
 
 
 def test_the_pages_have_an_example_for_each_part_and_for_the_optimiser() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 6
 
 
 @pytest.mark.parametrize("block", BLOCKS)

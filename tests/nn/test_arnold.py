@@ -12,7 +12,7 @@ from kalmagrove.nn.arnold import (
     DecodingCache,
     MultiResolutionAttention,
     Resolution,
-    chunked_attention,
+    attend,
     local_attention,
     masked_attention,
     strided_attention,
@@ -170,7 +170,7 @@ def test_attention_to_blocks_by_causal_attention_is_the_same(length: int, stride
         return query, *BlockPooling(3, 6, stride).double()(key, value)
 
     own = strided_attention(*pooled(*inputs), stride)
-    chunked = chunked_attention(Resolution(3, 6, stride), *pooled(*inputs))
+    chunked = attend(Resolution(3, 6, stride), *pooled(*inputs))
     assert torch.allclose(own, chunked, atol=1e-12)
     weights = torch.randn(own.shape, dtype=torch.float64)
     for ours, theirs in zip(*(torch.autograd.grad(y, inputs, weights) for y in (own, chunked)), strict=True):
@@ -178,14 +178,36 @@ def test_attention_to_blocks_by_causal_attention_is_the_same(length: int, stride
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 8])
-@pytest.mark.parametrize("window", [None, 4, 9, 16])
-def test_chunks_of_queries_change_nothing(chunk: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    resolution = Resolution(3, 6, 4, window)
+@pytest.mark.parametrize(("stride", "window"), [(1, None), (4, None), (4, 4), (4, 9), (4, 16)])
+@pytest.mark.parametrize("kept", [0, 4096])
+def test_chunks_of_queries_change_nothing(
+    chunk: int, stride: int, window: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolution = Resolution(3, 6, stride, window)
     query, key, value = torch.randn(3, 2, 3, 50, 6, dtype=torch.float64)
-    key, value = BlockPooling(3, 6, 4).double()(key, value)
-    whole = chunked_attention(resolution, query, key, value)
-    monkeypatch.setattr("kalmagrove.nn.arnold.QUERY_CHUNK", chunk)
-    assert torch.allclose(chunked_attention(resolution, query, key, value), whole, atol=1e-12)
+    if stride > 1:
+        key, value = BlockPooling(3, 6, stride).double()(key, value)
+    inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+    weights = torch.randn(query.shape, dtype=torch.float64)
+    whole = attend(resolution, *inputs)
+    expected = whole, *torch.autograd.grad(whole, inputs, weights)
+    for name in ("CHUNK_OF_TOKENS", "CHUNK_OF_BLOCKS"):
+        monkeypatch.setattr(f"kalmagrove.nn.arnold.{name}", chunk)
+    monkeypatch.setattr("kalmagrove.nn.chunked.LONGEST_KEPT", kept)
+    own = attend(resolution, *inputs)
+    for ours, theirs in zip((own, *torch.autograd.grad(own, inputs, weights)), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_plain_causal_attention_equals_pytorchs_own_with_its_gradients(length: int) -> None:
+    inputs = [t.requires_grad_() for t in torch.randn(3, 2, 3, length, 6, dtype=torch.float64)]
+    weights = torch.randn(2, 3, length, 6, dtype=torch.float64)
+    own = attend(Resolution(3, 6), *inputs)
+    fused = nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    gradients = (torch.autograd.grad(y, inputs, weights) for y in (own, fused))
+    for ours, theirs in ((own, fused), *zip(*gradients, strict=True)):
+        assert torch.allclose(ours, theirs, atol=1e-12)
 
 
 def test_pooling_starts_as_the_mean_and_leaves_out_the_block_that_is_not_finished() -> None:

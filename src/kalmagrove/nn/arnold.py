@@ -20,10 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmagrove.nn import flex
+from kalmagrove.nn.chunked import Chunk, attention_in_chunks, causal_chunks
 from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
 
-QUERY_CHUNK = 512
-"""Queries that meet their keys at a time where a pattern has no fused kernel."""
+LONGEST_PLAIN = 1024
+"""Tokens up to which full attention on a CPU is faster by plain products than by torch's fused kernel."""
+CHUNK_OF_TOKENS, CHUNK_OF_BLOCKS = 64, 256
+"""Queries that meet their keys at a time on a CPU: at stride 1, and at larger ones."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,11 @@ def block_ends(count: int, stride: int, device: torch.device, start: int = 0) ->
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention under a boolean mask that broadcasts to (queries, keys)."""
-    bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, float("-inf"))
-    if query.is_cuda:
+    if query.device.type != "cpu":
+        bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, float("-inf"))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    # On a CPU two batched products and a softmax are several times faster than the masked fused kernel.
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2)) + bias
-    return torch.matmul(scores.softmax(dim=-1), value)
+    whole = Chunk(0, query.shape[-2], key.shape[-2], visible)
+    return attention_in_chunks(query, key, value, [whole])
 
 
 def with_null_key(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,16 +168,14 @@ def strided_attention(query: Tensor, key: Tensor, value: Tensor, stride: int) ->
     return attended.unflatten(0, (-1, stride)).permute(0, 2, 3, 1, 4).flatten(2, 3)[:, :, 1 : length + 1]
 
 
-def chunked_attention(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """The same as :func:`strided_attention`, and with a window: chunks of queries meet the keys that they can see.
-
-    On a CPU this is faster than the fused kernel, and no matrix of all scores is ever held.
-    """
+def windowed_blocks(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention to the finished blocks within a window, in linear time: chunks of queries meet what they can see."""
     length, stride, window = query.shape[2], resolution.stride, resolution.window
+    assert window is not None
     chunks = []
-    for start in range(0, length, QUERY_CHUNK):
-        end = min(start + QUERY_CHUNK, length)
-        oldest = 0 if window is None else max(0, (start - window + stride) // stride)
+    for start in range(0, length, CHUNK_OF_BLOCKS):
+        end = min(start + CHUNK_OF_BLOCKS, length)
+        oldest = max(0, (start - window + stride) // stride)
         seen = slice(oldest, max(oldest, end // stride))
         ends = block_ends(seen.stop - oldest, stride, query.device, start=oldest)
         positions = torch.arange(start, end, device=query.device)
@@ -196,13 +196,19 @@ def attend(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) ->
         value: Likewise.
     """
     length, stride, window = query.shape[2], resolution.stride, resolution.window
-    if stride == 1:
-        if window is None or window >= length:
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    on_cpu = query.device.type == "cpu"
+    if window is not None and window < length:
+        if stride > 1:
+            return windowed_blocks(resolution, query, key, value)
         return (flex.windowed if flex.fits(query) else local_attention)(query, key, value, window)
-    if query.is_cuda and (window is None or window >= length):
-        return strided_attention(query, key, value, stride)
-    return chunked_attention(resolution, query, key, value)
+    if stride > 1:
+        if not on_cpu:
+            return strided_attention(query, key, value, stride)
+        chunks = causal_chunks(length, stride, CHUNK_OF_BLOCKS, query.device)
+        return attention_in_chunks(query, *with_null_key(key, value), chunks)
+    if on_cpu and length <= LONGEST_PLAIN:
+        return attention_in_chunks(query, key, value, causal_chunks(length, 1, CHUNK_OF_TOKENS, query.device))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
 class DecodingCache:
