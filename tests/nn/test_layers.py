@@ -70,6 +70,21 @@ def test_the_sliced_loss_and_its_gradients_equal_cross_entropy(rows: int, monkey
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_the_sliced_loss_in_bfloat16_is_as_near_as_its_logits() -> None:
+    hidden, weight = torch.randn(600, 16), torch.randn(300, 16) * 0.5
+    targets = torch.randint(0, 300, (600,))
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = linear_cross_entropy(hidden, weight, targets)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=0)
+    gradients = (torch.autograd.grad(loss, inputs) for loss in (actual, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
 def test_the_sliced_loss_without_gradients() -> None:
     hidden, weight, targets = torch.randn(5, 6), torch.randn(11, 6), torch.randint(0, 11, (5,))
     with torch.no_grad():

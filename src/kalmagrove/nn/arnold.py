@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from kalmagrove.nn import flex
 from kalmagrove.nn.chunked import Chunk, attention_in_chunks, causal_chunks
+from kalmagrove.nn.elementwise import rms_norm
 from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
 
 LONGEST_PLAIN = 1024
@@ -344,7 +345,7 @@ class MultiResolutionAttention(nn.Module):
     def _place(self, x: Tensor, resolution: Resolution, positions: Tensor, gain: Tensor | None = None) -> Tensor:
         """Normalises heads and turns them to their positions."""
         if self.qk_norm:
-            x = F.rms_norm(x, x.shape[-1:], eps=1e-6)
+            x = rms_norm(x, None, eps=1e-6)
             if gain is not None:
                 x = x * gain.to(x.dtype)[:, None, None]
         return self.rotary[str(resolution.head_dim)](x, positions) if len(self.rotary) else x

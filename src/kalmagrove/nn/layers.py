@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmagrove.nn.elementwise import depthwise_convolution, rms_norm, squared_relu
+
 MakeProjection = Callable[[str, int, int], nn.Module]
 """Builds the projection of a name, e.g. ``("q_proj", in_features, out_features)``."""
 
@@ -25,7 +27,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, eps: float) -> nn.Module:
@@ -89,12 +91,8 @@ class ShortConvolution(nn.Module):
         """
         reach = self.kernel_size - 1
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat((history, x), dim=1)
-        length = x.shape[1]
-        weight = self.weight.squeeze(1).T.to(x.dtype).contiguous()
-        result = padded[:, reach:] * weight[reach]
-        for tap in range(reach):
-            result = torch.addcmul(result, padded[:, tap : tap + length], weight[tap])
-        return result, padded[:, length:]
+        taps = self.weight.squeeze(1).T.to(x.dtype).contiguous()
+        return depthwise_convolution(padded, taps), padded[:, x.shape[1] :]
 
 
 class FeedForward(nn.Module):
@@ -125,5 +123,5 @@ class FeedForward(nn.Module):
         elif self.kind == "gelu":
             hidden = F.gelu(hidden, approximate="tanh")
         else:
-            hidden = F.relu(hidden).square()
+            hidden = squared_relu(hidden)
         return self.down_proj(hidden)

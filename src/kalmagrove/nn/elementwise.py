@@ -1,0 +1,120 @@
+"""Elementwise parts of a layer with gradients by hand: on a CPU each pass over the activations costs, so there are few.
+
+Each equals its textbook form under autograd (tests compare them in float64), which runs on other devices, where
+compilers fuse it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis, computed in float32 or better.
+
+    Args:
+        x: (..., channels).
+        weight: A gain for each channel, or None.
+        eps: Added to the mean square.
+
+    Returns:
+        Shape of ``x``. Under autocast its type is autocast's, so that the projections that follow share one cast.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    with torch.autocast(kind, enabled=False):
+        if kind != "cpu":
+            return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(dtype)
+        normed: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
+    return normed
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """``max(x, 0)^2`` (Primer, arXiv:2109.08668)."""
+    if x.device.type != "cpu":
+        return F.relu(x).square()
+    squared: Tensor = _SquaredReLU.apply(x)
+    return squared
+
+
+def depthwise_convolution(padded: Tensor, taps: Tensor) -> Tensor:
+    """Sums ``taps[k] * padded[:, t + k]`` over k.
+
+    Args:
+        padded: (batch, sequence + kernel_size - 1, channels).
+        taps: (kernel_size, channels), the last for the present token.
+
+    Returns:
+        (batch, sequence, channels).
+    """
+    if padded.device.type != "cpu":
+        return _convolve(padded, taps)
+    convolved: Tensor = _DepthwiseConvolution.apply(padded, taps)
+    return convolved
+
+
+def _convolve(padded: Tensor, taps: Tensor) -> Tensor:
+    reach = len(taps) - 1
+    length = padded.shape[1] - reach
+    result = padded[:, reach:] * taps[reach]
+    for tap in range(reach):
+        result = torch.addcmul(result, padded[:, tap : tap + length], taps[tap])
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        if weight is None:
+            return torch.mul(x, scale, out=normed)
+        return torch.mul(x * scale, weight.to(wide), out=normed)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        weighted = slope.to(scale.dtype) if weight is None else slope * weight.to(scale.dtype)
+        along = (weighted * x).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(x.shape[-1])
+        weight_slope = None
+        if weight is not None:
+            weight_slope = (x * scale).mul_(slope).reshape(-1, x.shape[-1]).sum(0).to(weight)
+        return (weighted * scale).addcmul_(x, along, value=-1).to(x), weight_slope, None, None
+
+
+class _SquaredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (slope * positive).mul_(2)
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, taps: Tensor) -> Tensor:
+        ctx.save_for_backward(padded, taps)
+        return _convolve(padded, taps)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
+        padded, taps = ctx.saved_tensors
+        length = slope.shape[1]
+        padded_slope = torch.zeros_like(padded)
+        taps_slope = torch.empty_like(taps)
+        for tap, weight in enumerate(taps):
+            padded_slope[:, tap : tap + length].addcmul_(slope, weight)
+            taps_slope[tap] = (slope * padded[:, tap : tap + length]).sum((0, 1))
+        return padded_slope, taps_slope

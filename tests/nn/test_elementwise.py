@@ -1,0 +1,57 @@
+"""Gradients by hand against autograd's, in float64, and what the functions promise of types."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kalmagrove.nn import elementwise
+from kalmagrove.nn.elementwise import depthwise_convolution, rms_norm, squared_relu
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_equal_with_gradients(own: Tensor, plain: Tensor, inputs: list[Tensor]) -> None:
+    weights = torch.randn(own.shape, dtype=own.dtype)
+    gradients = (torch.autograd.grad(y, inputs, weights) for y in (own, plain))
+    for ours, theirs in ((own, plain), *zip(*gradients, strict=True)):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 5, 7)])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm(shape: tuple[int, ...], weighted: bool) -> None:
+    x, weight = draw(*shape), draw(7) if weighted else None
+    plain = torch.nn.functional.rms_norm(x, (7,), weight, 1e-3)
+    inputs = [x] if weight is None else [x, weight]
+    assert_equal_with_gradients(rms_norm(x, weight, 1e-3), plain, inputs)
+
+
+def test_rms_norm_of_transposed_heads() -> None:
+    x = draw(2, 5, 3, 8).transpose(1, 2).detach().requires_grad_()
+    assert_equal_with_gradients(rms_norm(x, None, 1e-6), torch.nn.functional.rms_norm(x, (8,), None, 1e-6), [x])
+
+
+def test_rms_norm_gives_autocasts_type_and_its_gradients_the_inputs() -> None:
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = rms_norm(x, weight, 1e-5)
+    assert normed.dtype == torch.bfloat16
+    normed.sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
+    assert rms_norm(x, weight, 1e-5).dtype == torch.float32
+    torch.testing.assert_close(normed.float(), rms_norm(x, weight, 1e-5), atol=2e-2, rtol=1e-2)
+
+
+def test_squared_relu() -> None:
+    x = draw(5, 9)
+    assert_equal_with_gradients(squared_relu(x), torch.relu(x).square(), [x])
+
+
+@pytest.mark.parametrize("kernel_size", [2, 4])
+def test_depthwise_convolution(kernel_size: int) -> None:
+    padded, taps = draw(2, 6 + kernel_size - 1, 3), draw(kernel_size, 3)
+    for convolve in (depthwise_convolution, elementwise._convolve):
+        plain = torch.nn.functional.conv1d(padded.mT, taps.T.unsqueeze(1), groups=3).mT
+        assert_equal_with_gradients(convolve(padded, taps), plain, [padded, taps])
