@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 
@@ -50,6 +51,20 @@ def choose_precision(name: Precision, device: torch.device) -> Literal["bf16", "
     if name not in ("bf16", "fp32"):
         raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
     return name
+
+
+def autocast_type(tensor: torch.Tensor) -> torch.dtype:
+    """The type that products with ``tensor`` have: autocast's where it is on, else the tensor's own."""
+    kind = tensor.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """A context in which operations keep the types that they are given."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def synchronize(device: torch.device) -> None:

@@ -95,10 +95,10 @@ def test_info_of_the_papers_base_model(capsys: pytest.CaptureFixture[str]) -> No
     code, out, _ = answer(capsys, "info", "--preset", "kalmagrove-base", "--batch_size", "1", "--json")
     assert code == 0
     facts = json.loads(out)
-    assert facts["parameters"]["total"] == 69398132
-    assert sum(v for k, v in facts["parameters"].items() if k != "total") == 69398132
+    assert facts["parameters"]["total"] == 74063876
+    assert sum(v for k, v in facts["parameters"].items() if k != "total") == 74063876
     code, out, _ = answer(capsys, "info", "--preset", "kalmagrove-base", "--batch_size", "1")
-    assert "69,398,132" in out and "decoding cache" in out
+    assert "74,063,876" in out and "decoding cache" in out
 
 
 def test_data_prepare_prints_what_it_packed(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,17 +112,24 @@ def test_data_prepare_prints_what_it_packed(text_file: Path, capsys: pytest.Capt
 def test_a_packed_folder_is_data_wherever_it_was_made(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prepared = json.loads(
-        answer(capsys, "data", "prepare", "--data", str(text_file), "--vocab_size", "300", "--json")[1]
-    )
+    source = tmp_path / "gone.txt"
+    source.write_bytes(text_file.read_bytes())
+    prepared = json.loads(answer(capsys, "data", "prepare", "--data", str(source), "--vocab_size", "300", "--json")[1])
     Path(prepared["folder"]).rename(tmp_path / "copied")
-    text_file.unlink()
+    source.unlink()
     words = ["train", "--data", "copied", "--tokens", "200", "--preset", "llama", "--out", "run"]
     code, _, error = answer(capsys, *words, *SMALL)
     assert code == 0, error
     code, _, error = answer(capsys, *words[:-1], "other", *SMALL, "--data.tokenizer", "tokenizer.json")
     assert code == 2
-    assert "copied is packed with its own tokeniser; leave data.tokenizer out" in error
+    assert "copied is packed already, with its own tokenizer; leave data.tokenizer out" in error
+    code, _, error = answer(capsys, *words[:-1], "other", *SMALL[:-1], "301")
+    assert code == 2
+    assert "copied is packed already, with its own vocab_size; leave data.vocab_size out" in error
+    (tmp_path / "copied" / "train.bin").unlink()
+    code, _, error = answer(capsys, *words[:-1], "other", *SMALL)
+    assert code == 1
+    assert "train.bin" in error
 
 
 def test_a_printed_configuration_is_read_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -193,7 +200,10 @@ USAGE = {
     "seed": (["train", "--out", "r", "--seed", "-1"], "loop.seed must not be negative, got -1"),
     "momentum": (["train", "--out", "r", "--optim.momentum", "2"], "optim.momentum must be at least 0.0 and below 1.0"),
     "refresh": (["train", "--out", "r", "--optim.refresh_every", "0"], "optim.refresh_every must be at least 1"),
-    "band": (["train", "--out", "r", "--data", "TEXT", *SMALL, "--model.group_size", "3"], "sharing = band cuts"),
+    "band": (
+        ["train", "--out", "r", "--data", "TEXT", *SMALL, "--model.sharing", "band", "--model.group_size", "3"],
+        "sharing = band cuts",
+    ),
     "resolutions": (["info", "--model.resolutions", "[{foo: 1}]"], "foo"),
     "info batch": (["info", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
     "info folder": (["info", "--folder", "x", "--vocab_size", "9"], "--folder is a model as it is"),

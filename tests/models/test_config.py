@@ -55,8 +55,8 @@ def test_every_preset_is_a_valid_configuration(name: str) -> None:
         ("gpt2-large", 354.8),
         ("llama-base", 123.6),
         ("llama-large", 353.9),
-        ("kalmagrove-base", 69.4),
-        ("kalmagrove-large", 182.9),
+        ("kalmagrove-base", 74.1),
+        ("kalmagrove-large", 177.5),
     ],
 )
 def test_the_papers_four_sizes(preset: str, millions: float) -> None:

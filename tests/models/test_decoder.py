@@ -24,12 +24,33 @@ SIZES: dict[str, Any] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     **{family: {"preset": family} for family in FAMILIES},
-    "letter": {"preset": "kalmagrove", "rank": 10, "shared_sides": "both", "core": "dense", "sharing": "group"},
-    "inner-block": {"preset": "kalmagrove", "rank": 8, "shared_sides": "inner", "core": "block", "core_block_size": 4},
-    "inner-full": {"preset": "kalmagrove", "shared_sides": "inner", "sharing": "group", "group_size": 3},
+    "band": {"preset": "kalmagrove", "grove_parts": "all", "sharing": "band"},
+    "letter": {
+        "preset": "kalmagrove",
+        "grove_parts": "all",
+        "rank": 10,
+        "shared_sides": "both",
+        "core": "dense",
+        "sharing": "group",
+    },
+    "inner-block": {
+        "preset": "kalmagrove",
+        "grove_parts": "all",
+        "rank": 8,
+        "shared_sides": "inner",
+        "core": "block",
+        "core_block_size": 4,
+    },
+    "inner-full": {
+        "preset": "kalmagrove",
+        "grove_parts": "all",
+        "shared_sides": "inner",
+        "sharing": "group",
+        "group_size": 3,
+    },
     "grove-feed-forward": {"preset": "kalmagrove", "grove_parts": "feed_forward"},
-    "grove-attention": {"preset": "kalmagrove", "grove_parts": "attention", "sharing": "group"},
-    "cycle": {"preset": "kalmagrove", "sharing": "cycle"},
+    "grove-group": {"preset": "kalmagrove", "grove_parts": "all", "sharing": "group"},
+    "cycle": {"preset": "kalmagrove", "grove_parts": "all", "group_size": 3},
     "factorised": {"preset": "kalmagrove", "embedding_rank": 12},
     "factorised-untied": {"preset": "llama", "embedding_rank": 12, "tie_word_embeddings": False},
     "untied": {"preset": "llama", "tie_word_embeddings": False},
@@ -50,6 +71,27 @@ def variant(name: str) -> KalmaGroveForCausalLM:
 
 def tokens(length: int, batch: int = 2) -> torch.Tensor:
     return torch.randint(0, 99, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+@pytest.mark.parametrize("name", ["llama", "factorised"])
+def test_embeddings_may_be_given_in_the_place_of_tokens(name: str) -> None:
+    model, ids = variant(name), tokens(9)
+    embedded = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embedded).logits, model(ids).logits)
+
+
+def test_a_model_exports_and_has_torch_funcs_gradients() -> None:
+    model, ids = variant("kalmagrove"), tokens(9)
+    torch.export.export(model, (ids,), strict=False)
+    parameters = dict(model.named_parameters())
+    loss = model(ids, labels=ids).loss
+    expected = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (ids,), {"labels": ids}).loss)(
+        parameters
+    )
+    for name, gradient in zip(parameters, expected, strict=True):
+        if gradient is not None:
+            torch.testing.assert_close(gradients[name], gradient, atol=1e-4, rtol=1e-3)
 
 
 def test_a_factorised_embedding_starts_as_large_as_a_full_one() -> None:
@@ -99,7 +141,7 @@ def test_save_and_load_give_the_same_logits_and_shared_tensors_are_stored_once(n
 
 
 def test_a_loaded_model_still_shares_its_bases(tmp_path: Path) -> None:
-    variant("kalmagrove").save_pretrained(tmp_path)
+    variant("band").save_pretrained(tmp_path)
     layers = KalmaGroveForCausalLM.from_pretrained(tmp_path).model.layers
     assert layers[0].mlp.up_proj._right[1] is layers[1].mlp.up_proj._right[1]
 
@@ -202,11 +244,11 @@ def test_hidden_states_and_tuples_as_transformers_gives_them() -> None:
     assert torch.equal(model(ids, return_dict=False)[0], output.logits)
 
 
-@pytest.mark.parametrize("name", ["letter", "inner-block", "kalmagrove"])
+@pytest.mark.parametrize("name", ["letter", "inner-block", "band"])
 def test_initial_products_have_the_configured_scale(name: str) -> None:
     options = {"hidden_size": 128, "head_dim": 32, "num_hidden_layers": 2}
     variant_options = {k: v for k, v in VARIANTS[name].items() if k not in ("preset", "rank")}
-    rank = {} if name == "kalmagrove" else {"rank": 48}
+    rank = {} if name == "band" else {"rank": 48}
     model = build_model(model_config("kalmagrove", options | variant_options | rank), seed=0)
     std = model.model.layers[0].mlp.up_proj.merged_weight().std().item()
     assert std == pytest.approx(0.02, rel=0.15)
@@ -253,8 +295,6 @@ CHECKPOINT_NAMES = [
 
 
 def test_checkpoint_names_are_a_contract() -> None:
-    names = {
-        n for n in variant("kalmagrove").state_dict() if ".bases.0." in n or ".layers.1." in n or "layers" not in n
-    }
+    names = {n for n in variant("band").state_dict() if ".bases.0." in n or ".layers.1." in n or "layers" not in n}
     names = {n for n in names if ".bases." not in n.removeprefix("model.bases") or ".bases.0." in n}
     assert sorted(names) == CHECKPOINT_NAMES

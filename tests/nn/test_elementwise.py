@@ -55,3 +55,17 @@ def test_depthwise_convolution(kernel_size: int) -> None:
     for convolve in (depthwise_convolution, elementwise._convolve):
         plain = torch.nn.functional.conv1d(padded.mT, taps.T.unsqueeze(1), groups=3).mT
         assert_equal_with_gradients(convolve(padded, taps), plain, [padded, taps])
+
+
+def test_second_derivatives_are_refused_and_transforms_take_the_plain_form() -> None:
+    x = draw(3, 8)
+    for function in (squared_relu, lambda y: rms_norm(y, None, 1e-5)):
+        (gradient,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+        transformed = torch.func.grad(lambda y, function=function: function(y).pow(2).sum())(x.detach())
+        torch.testing.assert_close(transformed, gradient.detach())
+
+
+def test_without_data_nothing_is_asked_of_autocast() -> None:
+    assert rms_norm(torch.empty(2, 8, device="meta"), None, 1e-5).shape == (2, 8)

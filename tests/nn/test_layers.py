@@ -85,6 +85,17 @@ def test_the_sliced_loss_in_bfloat16_is_as_near_as_its_logits() -> None:
         assert (ours - theirs).norm() < 2e-2 * theirs.norm()
 
 
+def test_the_loss_in_bfloat16_still_teaches_where_the_model_is_sure() -> None:
+    hidden = torch.eye(4, 64).bfloat16().requires_grad_()
+    weight, targets = (torch.eye(64) * 11).bfloat16(), torch.arange(4)
+    exact = hidden.detach().float().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.float().T, targets, reduction="sum")
+    actual = linear_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=0)
+    (own,), (plain,) = torch.autograd.grad(actual, hidden), torch.autograd.grad(expected, exact)
+    assert (own.float() - plain).norm() < 1e-2 * plain.norm()
+
+
 def test_the_sliced_loss_without_gradients() -> None:
     hidden, weight, targets = torch.randn(5, 6), torch.randn(11, 6), torch.randint(0, 11, (5,))
     with torch.no_grad():

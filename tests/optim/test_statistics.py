@@ -50,7 +50,7 @@ def test_statistics_skip_evaluation_no_grad_and_inactive_forwards() -> None:
 
 
 def test_a_shared_basis_collects_from_every_layer_that_uses_it() -> None:
-    model = build_model(model_config("kalmagrove", SIZES), 0)
+    model = build_model(model_config("kalmagrove", SIZES | {"grove_parts": "all", "sharing": "band"}), 0)
     basis = model.model.layers[0].mlp.up_proj._right[1].weight
     statistics = ActivationStatistics({id(basis): 64})
     statistics.attach(model)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kalmagrove.optim.whitening import PartState, Whitening, eigenbasis, followed_basis, in_one
+from kalmagrove.optim.whitening import PartState, Whitening, eigenbasis, followed_basis, in_one, write_back
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -189,10 +189,25 @@ def test_states_that_lie_together_are_one_tensor_without_a_copy() -> None:
     assert in_one(states, "basis").data_ptr() == joined.data_ptr()
 
 
-@pytest.mark.parametrize("order", [[1, 0], [0, 2], [0, 0], [2]])
+@pytest.mark.parametrize("order", [[1, 0], [0, 2], [2], [2, 0, 1]])
 def test_states_in_another_order_or_number_stay_right(order: list[int]) -> None:
     states = [PartState({"basis": torch.full((2, 3), float(index))}) for index in range(3)]
     in_one(states, "basis")
-    chosen = in_one([states[index] for index in order], "basis")
-    assert chosen[:, 0, 0].tolist() == order
-    assert [float(state["basis"][0, 0]) for state in states] == [0, 1, 2]
+    chosen = [states[index] for index in order]
+    joined = in_one(chosen, "basis")
+    assert joined[:, 0, 0].tolist() == order
+    joined += 10
+    write_back(chosen, "basis", joined)
+    assert [float(state["basis"][0, 0]) for state in states] == [n + 10 * (n in order) for n in range(3)]
+
+
+def test_states_without_gradients_keep_no_old_storage_alive() -> None:
+    states = [PartState({"basis": torch.full((16, 16), float(index))}) for index in range(8)]
+    for left_out in (3, 5, 1, 6, 2):
+        active = [state for index, state in enumerate(states) if index != left_out]
+        joined = in_one(active, "basis")
+        joined += 1
+        write_back(active, "basis", joined)
+    storages = {s["basis"].untyped_storage().data_ptr(): s["basis"].untyped_storage().nbytes() for s in states}
+    assert sum(storages.values()) <= 2 * sum(state["basis"].nbytes for state in states)
+    assert [float(state["basis"][0, 0]) for state in states] == [5, 5, 6, 7, 9, 9, 10, 12]

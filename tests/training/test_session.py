@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_a_number_stops_with_step_checkpoint_and_advice(packe
 def test_an_infinite_gradient_stops_before_the_step(packed: PackedText) -> None:
     run = TrainingRun(config(optim="adamw"), packed)
     before = [p.detach().clone() for p in run.model.parameters()]
-    weight = run.model.model.layers[0].mlp.up_proj.core
+    weight = run.model.model.layers[0].self_attn.q_proj.core
     weight.register_hook(lambda gradient: gradient.fill_(float("inf")))
     with pytest.raises(TrainingDiverged, match="the norm of the gradient is inf at step 1"):
         run.train_step()

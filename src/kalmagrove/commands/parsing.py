@@ -73,12 +73,17 @@ def open_data(config: DataConfig) -> PackedText:
     A source that is itself a packed folder, as one that was copied from another machine, is taken as it is.
 
     Raises:
-        UsageError: A tokeniser is named for a packed folder, which has one.
+        UsageError: An option asks for what a packed folder has decided already.
     """
-    if config.source is not None and is_packed(Path(config.source)):
-        if config.tokenizer is not None:
-            raise UsageError(f"data.source {config.source} is packed with its own tokeniser; leave data.tokenizer out")
-        return open_packed(Path(config.source))
+    if config.source is not None and is_packed(Path(config.source).expanduser()):
+        packed = open_packed(Path(config.source).expanduser())
+        decided = {"tokenizer": None, "vocab_size": packed.vocab_size, "seed": DataConfig().seed}
+        for name, value in decided.items():
+            if getattr(config, name) not in (value, getattr(DataConfig(), name)):
+                raise UsageError(
+                    f"data.source {config.source} is packed already, with its own {name}; leave data.{name} out"
+                )
+        return packed
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )

@@ -168,7 +168,7 @@ def prepare(
 
 def is_packed(folder: Path) -> bool:
     """Whether this is a folder that `prepare` wrote, to look at: `open_packed` examines it."""
-    return (folder / MANIFEST).is_file() and _token_file(folder, "train").is_file()
+    return (folder / MANIFEST).is_file() and "tokenizer_fingerprint" in (folder / MANIFEST).read_text("utf-8")
 
 
 def open_packed(folder: Path, *, verify: bool = True) -> PackedText:

@@ -145,6 +145,11 @@ class KalmaGroveConfig(PretrainedConfig):
         """Channels of all heads together."""
         return sum(group.width for group in self.head_groups())
 
+    def _grove_inner_sizes(self) -> list[int]:
+        """The sides of Grove's projections that are not the residual stream's."""
+        sizes = {"attention": self.attention_width, "feed_forward": self.intermediate_size}
+        return [size for part, size in sizes.items() if self.grove_parts in ("all", part)]
+
     def _check(self) -> None:
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
@@ -159,7 +164,7 @@ class KalmaGroveConfig(PretrainedConfig):
         if self.attention == "arnold" and not self.resolutions:
             raise ValueError("attention = arnold needs resolutions: a list with num_heads, head_dim, stride, window")
         if self.rank is not None:
-            width = min(self.hidden_size, self.attention_width, self.intermediate_size)
+            width = min(self.hidden_size, *self._grove_inner_sizes())
             if not 1 <= self.rank <= width:
                 raise ValueError(
                     f"rank {self.rank} must be between 1 and {width}, the smallest side of a projection; leave rank "
@@ -171,7 +176,7 @@ class KalmaGroveConfig(PretrainedConfig):
                 "out for one full table"
             )
         if self.projections == "grove" and self.sharing == "band" and self.shared_sides != "both":
-            pieces = [self.rank] if self.rank is not None else [self.attention_width, self.intermediate_size]
+            pieces = [self.rank] if self.rank is not None else self._grove_inner_sizes()
             if any(size % self.group_size for size in pieces):
                 raise ValueError(
                     f"sharing = band cuts sizes {', '.join(map(str, pieces))} into group_size {self.group_size} "

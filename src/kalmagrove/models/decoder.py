@@ -125,11 +125,6 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
 
-    def embed(self, input_ids: Tensor | None) -> Tensor:
-        """Embeddings (batch, sequence, hidden) of tokens (batch, sequence)."""
-        embedded: Tensor = self.embed_tokens(input_ids)
-        return embedded if self.config.embedding_rank is None else self.embed_proj(embedded)
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -142,7 +137,9 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
 
         With ``output_hidden_states`` also the embedding's and each layer's output, the last one normed.
         """
-        x = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.embedding_rank is not None:
+            x = self.embed_proj(x)
         offset = 0 if cache is None else cache.length
         length = x.shape[1]
         if offset + length > self.config.max_position_embeddings:
@@ -232,7 +229,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             attention_mask: Only all ones: padding is not supported.
             cache: What was seen before, from :meth:`new_cache`; it is brought up to date.
             past_key_values: The older name of ``cache``.
-            inputs_embeds: (batch, sequence, hidden) in the place of ``input_ids``.
+            inputs_embeds: What the embedding table would give for ``input_ids``, (batch, sequence, hidden), or with a
+                factorised embedding (batch, sequence, embedding_rank).
             labels: (batch, sequence) as in transformers: the loss compares position t with label t + 1; -100 is
                 left out.
             logits_to_keep: Only the last so many positions get logits; 0 is all.

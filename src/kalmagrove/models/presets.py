@@ -7,7 +7,8 @@ Families:
         residual, QK-norm).
     slim: dense, full attention, the same tricks, half the attention width and a squared-ReLU feed-forward, sized to
         kalmagrove's number of parameters: the control for Grove and Arnold.
-    kalmagrove: Grove projections and Arnold attention.
+    kalmagrove: Arnold attention whose projections are Grove's, each basis used by two layers; a dense feed-forward as
+        slim's, and the full width.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ class Size:
         num_hidden_layers: Layers.
         head_dim: Size of a full head.
         slim_width: Width at which the slim control has as many parameters as kalmagrove.
-        inner_ratio: kalmagrove's hidden units of the feed-forward as a multiple of the width.
         vocab_size: Vocabulary when no data set says otherwise.
         context_length: Context when nothing else says otherwise, in tokens.
     """
@@ -40,7 +40,6 @@ class Size:
     num_hidden_layers: int
     head_dim: int
     slim_width: int
-    inner_ratio: int = 3
     vocab_size: int = 4096
     context_length: int = 512
 
@@ -48,10 +47,10 @@ class Size:
 SIZES = {
     "tiny": Size(128, 4, 32, slim_width=120),
     "mini": Size(128, 6, 32, slim_width=120),
-    "small": Size(256, 8, 64, slim_width=228),
-    "medium": Size(512, 8, 64, slim_width=452),
-    "base": Size(768, 12, 64, slim_width=696, vocab_size=50257, context_length=1024),
-    "large": Size(1024, 24, 64, slim_width=964, inner_ratio=4, vocab_size=50257, context_length=1024),
+    "small": Size(256, 8, 64, slim_width=236),
+    "medium": Size(512, 8, 64, slim_width=472),
+    "base": Size(768, 12, 64, slim_width=724, vocab_size=50257, context_length=1024),
+    "large": Size(1024, 24, 64, slim_width=952, vocab_size=50257, context_length=1024),
 }
 TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
 LOCAL_WINDOW = 64
@@ -103,13 +102,13 @@ def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[s
         "hidden_size": width,
         "num_hidden_layers": size.num_hidden_layers,
     }
-    options |= _family_options(family, width, head_dim, size.inner_ratio)
+    options |= _family_options(family, width, head_dim)
     if "resolutions" not in overrides and overrides.get("attention") == "full":
         options |= {"resolutions": None, "num_attention_heads": max(1, width // 2 // head_dim), "head_dim": head_dim}
     return options | overrides
 
 
-def _family_options(family: str, width: int, head_dim: int, inner_ratio: int) -> dict[str, Any]:
+def _family_options(family: str, width: int, head_dim: int) -> dict[str, Any]:
     heads = max(1, width // head_dim)
     if family == "gpt2":
         return {
@@ -137,9 +136,10 @@ def _family_options(family: str, width: int, head_dim: int, inner_ratio: int) ->
     half_heads = max(2, width // 2 // head_dim)
     return TRICKS | {
         "feed_forward": "relu2",
-        "intermediate_size": inner_ratio * width,
+        "intermediate_size": 2 * width,
         "projections": "grove",
-        "sharing": "band",
+        "grove_parts": "attention",
+        "sharing": "cycle",
         "group_size": 2,
         "attention": "arnold",
         "num_attention_heads": half_heads,

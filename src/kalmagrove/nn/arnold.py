@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from kalmagrove.nn import flex
 from kalmagrove.nn.chunked import Chunk, attention_in_chunks, causal_chunks
-from kalmagrove.nn.elementwise import rms_norm
+from kalmagrove.nn.elementwise import is_by_hand, rms_norm
 from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
 
 LONGEST_PLAIN = 1024
@@ -98,8 +98,9 @@ class BlockPooling(nn.Module):
             x[..., : finished * self.stride, :].unflatten(-2, (finished, self.stride)) for x in (key, value)
         )
         scores = (keys * self.query.to(key.dtype).unsqueeze(1)).sum(-1) + self.bias.to(key.dtype)
-        weights = scores.softmax(dim=-1).unsqueeze(-1)
-        return (weights * keys).sum(-2), (weights * values).sum(-2)
+        # Softmax and sum give float32 under autocast on a GPU; the cache holds what this gives.
+        weights = scores.softmax(dim=-1).to(key.dtype).unsqueeze(-1)
+        return (weights * keys).sum(-2).to(key.dtype), (weights * values).sum(-2).to(value.dtype)
 
 
 def block_ends(count: int, stride: int, device: torch.device, start: int = 0) -> Tensor:
@@ -109,7 +110,7 @@ def block_ends(count: int, stride: int, device: torch.device, start: int = 0) ->
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
     """Softmax attention under a boolean mask that broadcasts to (queries, keys)."""
-    if query.device.type != "cpu":
+    if not is_by_hand(query):
         bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(~visible, float("-inf"))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     whole = Chunk(0, query.shape[-2], key.shape[-2], visible)
@@ -197,17 +198,17 @@ def attend(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) ->
         value: Likewise.
     """
     length, stride, window = query.shape[2], resolution.stride, resolution.window
-    on_cpu = query.device.type == "cpu"
+    by_hand = is_by_hand(query)
     if window is not None and window < length:
         if stride > 1:
             return windowed_blocks(resolution, query, key, value)
         return (flex.windowed if flex.fits(query) else local_attention)(query, key, value, window)
     if stride > 1:
-        if not on_cpu:
+        if not by_hand:
             return strided_attention(query, key, value, stride)
         chunks = causal_chunks(length, stride, CHUNK_OF_BLOCKS, query.device)
         return attention_in_chunks(query, *with_null_key(key, value), chunks)
-    if on_cpu and length <= LONGEST_PLAIN:
+    if by_hand and length <= LONGEST_PLAIN:
         return attention_in_chunks(query, key, value, causal_chunks(length, 1, CHUNK_OF_TOKENS, query.device))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 

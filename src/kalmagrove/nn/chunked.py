@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kalmagrove.precision import without_autocast
 
 LONGEST_KEPT = 4096
 """Queries up to which the weights are kept for the backward; of longer texts they are made again, in linear memory."""
@@ -53,7 +56,7 @@ def attention_in_chunks(query: Tensor, key: Tensor, value: Tensor, chunks: list[
     """Softmax attention.
 
     Args:
-        query: (..., queries, head_dim).
+        query: (..., queries, head_dim), with one batch axis or more.
         key: (..., keys, head_dim).
         value: (..., keys, head_dim).
         chunks: Cover the queries in order.
@@ -61,8 +64,10 @@ def attention_in_chunks(query: Tensor, key: Tensor, value: Tensor, chunks: list[
     Returns:
         (..., queries, head_dim).
     """
-    with torch.autocast(query.device.type, enabled=False):
-        attended: Tensor = _AttentionInChunks.apply(query, key, value, chunks)
+    keep = query.shape[-2] <= LONGEST_KEPT and torch.is_grad_enabled()
+    with without_autocast(query):
+        # Keys that were remembered may have another type.
+        attended: Tensor = _AttentionInChunks.apply(query, key.to(query.dtype), value.to(query.dtype), chunks, keep)
     return attended
 
 
@@ -77,7 +82,7 @@ class _AttentionInChunks(torch.autograd.Function):
     """By hand: autograd would keep scores beside weights, and copy at every chunk."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk]) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, chunks: list[Chunk], keep: bool) -> Tensor:
         batch = query.shape[:-2]
         # One batch axis, in row-major order: products of slices then need no copies.
         scaled = query.flatten(0, -3).contiguous() * query.shape[-1] ** -0.5
@@ -87,14 +92,15 @@ class _AttentionInChunks(torch.autograd.Function):
         for chunk in chunks:
             weights = _weights(scaled, key, chunk, batch)
             output[:, chunk.start : chunk.end] = torch.bmm(weights, value[:, : chunk.keys])
-            if query.shape[-2] <= LONGEST_KEPT:
+            if keep:
                 kept.append(weights)
         ctx.save_for_backward(scaled, key, value, output, *kept)
         ctx.chunks, ctx.batch = chunks, batch
         return output.unflatten(0, batch)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         scaled, key, value, output, *kept = ctx.saved_tensors
         slope = slope.flatten(0, -3).contiguous()
         sum_type = torch.promote_types(key.dtype, torch.float32)
@@ -112,4 +118,4 @@ class _AttentionInChunks(torch.autograd.Function):
         query_slope.mul_(scaled.shape[-1] ** -0.5)
         slopes = query_slope, key_slope.to(key), value_slope.to(value)
         query_slope, key_slope, value_slope = (each.unflatten(0, ctx.batch) for each in slopes)
-        return query_slope, key_slope, value_slope, None
+        return query_slope, key_slope, value_slope, None, None

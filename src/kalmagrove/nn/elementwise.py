@@ -1,7 +1,7 @@
 """Elementwise parts of a layer with gradients by hand: on a CPU each pass over the activations costs, so there are few.
 
 Each equals its textbook form under autograd (tests compare them in float64), which runs on other devices, where
-compilers fuse it.
+compilers fuse it. Only first derivatives: a second one is refused by torch with an error.
 """
 
 from __future__ import annotations
@@ -11,6 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kalmagrove.precision import autocast_type, without_autocast
+
+
+def is_by_hand(x: Tensor) -> bool:
+    """Whether ``x`` takes the functions with gradients by hand: on a CPU, and outside torch.func's transforms."""
+    return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -24,10 +32,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     Returns:
         Shape of ``x``. Under autocast its type is autocast's, so that the projections that follow share one cast.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with torch.autocast(kind, enabled=False):
-        if kind != "cpu":
+    dtype = autocast_type(x)
+    with without_autocast(x):
+        if not is_by_hand(x):
             return F.rms_norm(x, x.shape[-1:], None if weight is None else weight.to(x.dtype), eps).to(dtype)
         normed: Tensor = _RMSNorm.apply(x, weight, eps, dtype)
     return normed
@@ -35,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def squared_relu(x: Tensor) -> Tensor:
     """``max(x, 0)^2`` (Primer, arXiv:2109.08668)."""
-    if x.device.type != "cpu":
+    if not is_by_hand(x):
         return F.relu(x).square()
     squared: Tensor = _SquaredReLU.apply(x)
     return squared
@@ -51,7 +58,7 @@ def depthwise_convolution(padded: Tensor, taps: Tensor) -> Tensor:
     Returns:
         (batch, sequence, channels).
     """
-    if padded.device.type != "cpu":
+    if not is_by_hand(padded):
         return _convolve(padded, taps)
     convolved: Tensor = _DepthwiseConvolution.apply(padded, taps)
     return convolved
@@ -73,12 +80,11 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        normed = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        if weight is None:
-            return torch.mul(x, scale, out=normed)
-        return torch.mul(x * scale, weight.to(wide), out=normed)
+        normed = x * scale if weight is None else (x * scale).mul_(weight.to(wide))
+        return normed.to(dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         weighted = slope.to(scale.dtype) if weight is None else slope * weight.to(scale.dtype)
@@ -97,6 +103,7 @@ class _SquaredReLU(torch.autograd.Function):
         return positive * positive
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (slope * positive).mul_(2)
@@ -109,6 +116,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return _convolve(padded, taps)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         padded, taps = ctx.saved_tensors
         length = slope.shape[1]

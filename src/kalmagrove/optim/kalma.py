@@ -22,7 +22,7 @@ Where not to use it: with sparse or complex parameters.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -34,7 +34,7 @@ from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_t
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
-from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major
+from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major, write_back
 
 METHODS = ("kalma", "table", "adamw", "exact")
 
@@ -286,15 +286,14 @@ class Kalma(torch.optim.Optimizer):
     @staticmethod
     def _apply(group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
         """Decay and step, rounded once: a decay of 1e-4 alone would be lost in bfloat16."""
-        if not parameters:
-            return
         lr = float(group["lr"])
-        masters = [p.to(_master_type(p)) for p in parameters]
-        torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(masters, updates, alpha=-lr)
-        for parameter, master in zip(parameters, masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
+        for indices in _by_placement(parameters):
+            masters = [parameters[i].to(_master_type(parameters[i])) for i in indices]
+            torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(masters, [updates[i] for i in indices], alpha=-lr)
+            for index, master in zip(indices, masters, strict=True):
+                if parameters[index] is not master:
+                    parameters[index].copy_(master)
 
     def _parts(self, group: dict[str, Any], layout: Layout, parameters: list[Tensor]) -> list[_Part]:
         """The matrices of the parameters with M P and G P, in order; P is the identity where inputs were never seen."""
@@ -323,19 +322,21 @@ class Kalma(torch.optim.Optimizer):
     def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients, and their moving averages with look-ahead, (1 - m) G + m M, as the parameters are held."""
         gradients = [_gradient(p, group).to(_master_type(p)) for p in parameters]
-        if not parameters:
-            return gradients, gradients
         decay, states = group["momentum"], [self.state[p] for p in parameters]
         for state, gradient in zip(states, gradients, strict=True):
             if "momentum" not in state:
                 state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
             state["step"] += 1
-        momenta = [state["momentum"] for state in states]
-        torch._foreach_lerp_(momenta, gradients, 1 - decay)
-        lookaheads = list(torch._foreach_mul(momenta, decay))
-        torch._foreach_add_(lookaheads, gradients, alpha=1 - decay)
-        # The look-ahead's weights sum to this while the average is young.
-        torch._foreach_div_(lookaheads, [1 - decay ** (state["step"] + 1) for state in states])
+        lookaheads = list(gradients)
+        for indices in _by_placement(parameters):
+            momenta, own = [states[i]["momentum"] for i in indices], [gradients[i] for i in indices]
+            torch._foreach_lerp_(momenta, own, 1 - decay)
+            ahead = torch._foreach_mul(momenta, decay)
+            torch._foreach_add_(ahead, own, alpha=1 - decay)
+            # The look-ahead's weights sum to this while the average is young.
+            torch._foreach_div_(ahead, [1 - decay ** (states[i]["step"] + 1) for i in indices])
+            for index, tensor in zip(indices, ahead, strict=True):
+                lookaheads[index] = tensor
         return gradients, lookaheads
 
     def _refresh(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
@@ -356,6 +357,7 @@ class Kalma(torch.optim.Optimizer):
             # Inputs that overflowed are left out: C would be lost for good.
             new = torch.where(_all_finite(observed), observed, old).lerp(old, group["covariance_decay"])
             old.copy_(torch.where(_all_finite(new), new, torch.zeros_like(new)))
+            write_back(states, "covariance", old)
             for state, gain in zip(states, row_major(damped_inverse(old, group["damping"])), strict=True):
                 state["gain"] = gain
 
@@ -514,8 +516,13 @@ def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
         return []
     if any(p.grad.is_sparse for _, p in present):
         raise RuntimeError("Kalma cannot use sparse gradients; make the embedding with sparse=False")
-    norms = torch._foreach_norm([p.grad for _, p in present])
-    finite = torch.isfinite(torch.stack([whole_tensor(norm).to(torch.float32) for norm in norms])).tolist()
+    gradients = [p.grad for _, p in present]
+    norms: dict[int, Tensor] = {}
+    for indices in _by_placement(gradients):
+        norms |= zip(indices, torch._foreach_norm([gradients[i] for i in indices]), strict=True)
+    finite = torch.isfinite(
+        torch.stack([whole_tensor(norms[i]).to(torch.float32) for i in range(len(gradients))])
+    ).tolist()
     if not all(finite):
         names = group.get("names") or group.get("param_names")
         bad = [
@@ -530,6 +537,14 @@ def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
 def _all_finite(matrices: Tensor) -> Tensor:
     """Whether each of the matrices (matrices, blocks, size, size) is finite, with axes of one in the others' places."""
     return torch.isfinite(matrices).flatten(1).all(1).view(-1, 1, 1, 1)
+
+
+def _by_placement(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the plain tensors, and of those that are sharded over each mesh: torch's lists take one kind."""
+    kinds: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(index)
+    return list(kinds.values())
 
 
 def _listed(names: list[str], most: int = 5) -> str:

@@ -9,6 +9,7 @@ bases in which it is nearly diagonal (Shampoo, arXiv:1802.09568; SOAP, arXiv:240
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -89,6 +90,7 @@ class Whitening:
         seen = [1 - self.variance_decay ** state.of_parameter["step"] for state in states]
         of_matrix = (-1, *[1] * (square.ndim - 1))
         variance = in_one(states, "variance").lerp_(square, 1 - self.variance_decay)
+        write_back(states, "variance", variance)
         variance = variance / torch.tensor(seen, dtype=square.dtype, device=square.device).view(of_matrix)
         variance = variance.add_(self.floor * variance.mean((-2, -1), keepdim=True))
         return _turn(_turn(innovation, bases) * variance.clamp_min_(1e-30).rsqrt_(), bases, back=True)
@@ -103,23 +105,42 @@ class Whitening:
             if new:
                 state[covariance], state[basis] = row_major(gram), row_major(eigenbasis(gram))
         followed = in_one(states, covariance).lerp_(grams, 1 - self.covariance_decay)
+        write_back(states, covariance, followed)
         bases = in_one(states, basis)
         if turn and not all(is_new):
             bases.copy_(followed_basis(followed, bases))
+            write_back(states, basis, bases)
         return bases
 
 
 def in_one(states: Sequence[PartState], name: str) -> Tensor:
-    """A state of several matrices as one tensor, which the states then are parts of: what is done to it is theirs."""
+    """A state of several matrices as one tensor, (matrices, ...).
+
+    States that are neighbours in one storage, in this order, are given as they lie there: what is done to the result is
+    done to them. Others are joined so first, unless some of their old storage belongs to states that are not among
+    them (they have no gradient in this step) and would be kept alive by those: then the result is a copy.
+    :func:`write_back` is right for both.
+    """
     tensors = [state[name] for state in states]
     first, count = tensors[0], tensors[0].numel()
-    places = [(t.untyped_storage().data_ptr(), t.storage_offset() - index * count) for index, t in enumerate(tensors)]
-    if len(set(places)) == 1 and all(t.is_contiguous() for t in tensors):
+    places = {(t.untyped_storage().data_ptr(), t.storage_offset() - index * count) for index, t in enumerate(tensors)}
+    if len(places) == 1 and all(t.is_contiguous() for t in tensors):
         return first.as_strided((len(tensors), *first.shape), (count, *first.stride()))
     joined = torch.stack(tensors)
-    for state, tensor in zip(states, joined, strict=True):
-        state[name] = tensor
+    held: Counter[int] = Counter()
+    for tensor in tensors:
+        held[tensor.untyped_storage().data_ptr()] += tensor.nbytes
+    if all(held[t.untyped_storage().data_ptr()] >= t.untyped_storage().nbytes() for t in tensors):
+        for state, tensor in zip(states, joined, strict=True):
+            state[name] = tensor
     return joined
+
+
+def write_back(states: Sequence[PartState], name: str, joined: Tensor) -> None:
+    """Takes what :func:`in_one` gave back into the states where it was a copy."""
+    if states[0][name].untyped_storage().data_ptr() != joined.untyped_storage().data_ptr():
+        for state, tensor in zip(states, joined, strict=True):
+            state[name].copy_(tensor)
 
 
 def turned_sides(outputs: int, inputs: int, *, features_only: bool = False) -> list[Side]:
