@@ -50,6 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "grove-feed-forward": {"preset": "kalmagrove", "grove_parts": "feed_forward"},
     "grove-group": {"preset": "kalmagrove", "grove_parts": "all", "sharing": "group"},
+    "mix": {"preset": "kalmagrove", "grove_parts": "all", "sharing": "mix"},
     "cycle": {"preset": "kalmagrove", "grove_parts": "all", "group_size": 3},
     "factorised": {"preset": "kalmagrove", "embedding_rank": 12},
     "factorised-untied": {"preset": "llama", "embedding_rank": 12, "tie_word_embeddings": False},

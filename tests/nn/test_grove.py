@@ -15,6 +15,8 @@ CASES = {
     "letter": {"rank": 5, "left": [Basis(7, 5)], "right": [Basis(5, 13)], "core": "dense"},
     "blocks": {"rank": 6, "left": [Basis(7, 6)], "right": "private", "core": "block", "block_size": 3},
     "blocks-right": {"rank": 7, "left": "identity", "right": "private", "core": "block", "block_size": 7},
+    "mixed-right": {"rank": 21, "left": "identity", "right": [Basis(7, 13) for _ in range(3)], "core": "diagonal"},
+    "mixed-left": {"rank": 26, "left": [Basis(7, 13) for _ in range(2)], "right": "identity", "core": "diagonal"},
     "dense-right": {"rank": 7, "left": "identity", "right": [Basis(7, 13)], "core": "dense"},
 }
 
@@ -39,8 +41,8 @@ def test_the_forward_is_the_product_with_the_merged_weight(name: str) -> None:
 def test_the_merged_weight_is_u_sigma_v_transposed(name: str) -> None:
     layer = grove(name)
     left, right, core = layer.left_factor(), layer.right_factor(), layer.effective_core()
-    u = torch.eye(7) if left is None else left
-    vt = torch.eye(13) if right is None else right
+    u = torch.eye(7).repeat(1, layer.rank // 7) if left is None else left
+    vt = torch.eye(13).repeat(layer.rank // 13, 1) if right is None else right
     sigma = torch.eye(layer.rank) if core is None else core
     if sigma.ndim == 1:
         sigma = torch.diag(sigma)
@@ -89,6 +91,14 @@ def test_a_cycle_uses_its_bases_in_turns() -> None:
     assert len(bank.bases) == 3
     assert layers[0] is layers[3] and layers[1] is layers[4]
     assert len({id(basis) for basis in layers}) == 3
+
+
+def test_a_mixture_begins_as_a_cycle_and_each_basis_serves_every_layer() -> None:
+    bank = GroveBank(7, 13, num_layers=4, group_size=2, sharing="mix", rank_axis=0)
+    layers = [GroveLinear(13, 7, 14, left="identity", right=bank.of_layer(layer)) for layer in range(4)]
+    for index, layer in enumerate(layers):
+        assert torch.equal(layer.merged_weight(), bank.bases[index % 2].weight)
+        assert {id(basis) for basis in layer._right} == {id(basis) for basis in bank.bases}
 
 
 def test_a_band_shares_pieces_with_the_neighbours_and_keeps_their_place() -> None:
@@ -141,6 +151,7 @@ def test_adaptor_names_are_checked() -> None:
         ({"rank": 14, "left": "private", "right": "private"}, "rank must be between 1 and 13"),
         ({"rank": 7, "left": "identity", "right": "identity"}, "cannot both be the identity"),
         ({"rank": 6, "left": "identity", "right": "private"}, "rank = out_features = 7"),
+        ({"rank": 14, "left": "identity", "right": "private", "core": "dense"}, "added up by a diagonal core"),
         ({"rank": 6, "left": "private", "right": "identity"}, "rank = in_features = 13"),
         ({"rank": 6, "left": "private", "right": [Basis(5, 13)]}, "do not add up to the rank"),
         ({"rank": 6, "left": "private", "right": "private", "core": "block", "block_size": 4}, "not divisible"),

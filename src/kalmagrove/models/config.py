@@ -44,8 +44,8 @@ class KalmaGroveConfig(PretrainedConfig):
             "feed_forward".
         rank: Grove's inner size; None is full rank.
         group_size: Layers that share a basis.
-        sharing: "group" (disjoint groups of neighbours), "cycle" (the bases in turns) or "band" (overlapping pieces of
-            one bank).
+        sharing: "group" (disjoint groups of neighbours), "cycle" (the bases in turns), "mix" (every layer adds up all
+            of them, each behind a diagonal core) or "band" (overlapping pieces of one bank).
         shared_sides: "residual" (the bases that touch the residual stream), "inner" (those that do not) or "both".
         core: Form of Sigma: "diagonal", "block" or "dense".
         core_block_size: Side of a block of a block-diagonal core.
@@ -181,6 +181,14 @@ class KalmaGroveConfig(PretrainedConfig):
                 raise ValueError(
                     f"sharing = band cuts sizes {', '.join(map(str, pieces))} into group_size {self.group_size} "
                     "pieces; choose sizes that it divides, or sharing: group"
+                )
+        if self.projections == "grove" and self.sharing == "mix":
+            plain = {"rank": None, "core": "diagonal"}
+            wrong = [name for name, value in plain.items() if getattr(self, name) != value]
+            if wrong or self.shared_sides == "both":
+                raise ValueError(
+                    "sharing = mix needs full rank, a diagonal core and one shared side; leave out "
+                    + (", ".join(wrong) or "shared_sides: both")
                 )
         if self.short_conv < 0 or self.short_conv == 1:
             raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")

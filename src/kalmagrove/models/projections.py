@@ -24,7 +24,7 @@ class GroveBases(nn.Module):
         for name, (in_features, out_features) in projection_sizes(config).items():
             if not is_grove(config, name):
                 continue
-            rank = grove_rank(config, name, in_features, out_features)
+            rank = basis_rank(config, name, in_features, out_features)
             if "left" in shared_sides(config, name):
                 self.left[name] = _bank(config, out_features, rank, rank_axis=1)
             if "right" in shared_sides(config, name):
@@ -81,14 +81,20 @@ def shared_sides(config: KalmaGroveConfig, name: str) -> tuple[str, ...]:
     return (residual,) if config.shared_sides == "residual" else (inner,)
 
 
-def grove_rank(config: KalmaGroveConfig, name: str, in_features: int, out_features: int) -> int:
-    """The rank of a projection; at full rank a side that is not shared is the identity."""
+def basis_rank(config: KalmaGroveConfig, name: str, in_features: int, out_features: int) -> int:
+    """The rank of what a layer uses at a time; at full rank a side that is not shared is the identity."""
     if config.rank is not None:
         return config.rank
     sides = shared_sides(config, name)
     if sides == ("left", "right"):
         return min(in_features, out_features)
     return out_features if sides == ("right",) else in_features
+
+
+def grove_rank(config: KalmaGroveConfig, name: str, in_features: int, out_features: int) -> int:
+    """The rank of a projection: of all bases together where it adds up several."""
+    bases = -(-config.num_hidden_layers // config.group_size) if config.sharing == "mix" else 1
+    return bases * basis_rank(config, name, in_features, out_features)
 
 
 def projection_factory(config: KalmaGroveConfig, bases: GroveBases | None, layer: int) -> MakeProjection:

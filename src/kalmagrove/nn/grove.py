@@ -44,7 +44,8 @@ class GroveLinear(nn.Module):
     Args:
         in_features: Size of the last axis of the input.
         out_features: Size of the last axis of the output.
-        rank: Inner size; a side that is the identity has this size itself.
+        rank: Inner size. Where a side is the identity it is that side's size, or several times it: the identity is
+            then repeated, so that the layer adds up several bases, each behind a diagonal core of its own.
         left: U's pieces if it is shared (stacked along the rank), "private" or "identity".
         right: V^T's pieces if it is shared (stacked along the rank), "private" or "identity".
         core: Sigma's form. "none" fixes it to the identity: the factor that is private absorbs it.
@@ -72,13 +73,15 @@ class GroveLinear(nn.Module):
         self.core_kind: Core = core
         self.block_size = block_size
         self.std = std
-        if rank < 1 or rank > max(in_features, out_features):
+        if left == "identity" and right == "identity":
+            raise ValueError("left and right cannot both be the identity: nothing would be learned but the core")
+        side = out_features if left == "identity" else in_features if right == "identity" else None
+        if rank < 1 or (side is None and rank > max(in_features, out_features)):
             raise ValueError(
                 f"rank must be between 1 and {max(in_features, out_features)} for a {out_features} x {in_features} "
                 f"matrix, got {rank}"
             )
-        if left == "identity" and right == "identity":
-            raise ValueError("left and right cannot both be the identity: nothing would be learned but the core")
+        self.repeats = 1 if side is None else max(1, rank // side)
         # A tuple hides the shared modules from registration: they are owned, moved and saved by their group.
         self._left = tuple(left) if not isinstance(left, str) else ()
         self._right = tuple(right) if not isinstance(right, str) else ()
@@ -111,10 +114,16 @@ class GroveLinear(nn.Module):
         return [basis.weight for basis in self._left] if self._left else [self.left]
 
     def _check_sizes(self) -> None:
-        if self.left_kind == "identity" and self.rank != self.out_features:
-            raise ValueError(f"an identity left side needs rank = out_features = {self.out_features}, got {self.rank}")
-        if self.right_kind == "identity" and self.rank != self.in_features:
-            raise ValueError(f"an identity right side needs rank = in_features = {self.in_features}, got {self.rank}")
+        for kind, side, features, size in (
+            (self.left_kind, "left", "out_features", self.out_features),
+            (self.right_kind, "right", "in_features", self.in_features),
+        ):
+            if kind == "identity" and self.rank != self.repeats * size:
+                raise ValueError(
+                    f"an identity {side} side needs rank = {features} = {size} or a multiple of it, got {self.rank}"
+                )
+        if self.repeats > 1 and self.core_kind != "diagonal":
+            raise ValueError(f"several bases are added up by a diagonal core, not by core = {self.core_kind}")
         if self._left and sum(basis.weight.shape[1] for basis in self._left) != self.rank:
             raise ValueError("the shared left bases do not add up to the rank")
         if self._right and sum(basis.weight.shape[0] for basis in self._right) != self.rank:
@@ -124,7 +133,10 @@ class GroveLinear(nn.Module):
 
     def _identity_core(self) -> Tensor:
         if self.core_kind == "diagonal":
-            return torch.ones(self.rank)
+            core = torch.ones(self.rank)
+            # Of several bases the first counts at the start.
+            core[self.rank // self.repeats :] = 0
+            return core
         if self.core_kind == "block":
             return torch.eye(self.block_size).repeat(self.rank // self.block_size, 1, 1)
         return torch.eye(self.rank)
@@ -157,9 +169,13 @@ class GroveLinear(nn.Module):
         if core is None:
             return left, right
         if left is not None:
-            return _times_core(left, core), right
+            return self._added_up(_times_core(left, core)), right
         assert right is not None
-        return None, _times_core(right.T, core.mT if core.ndim > 1 else core).T
+        return None, self._added_up(_times_core(right.T, core.mT if core.ndim > 1 else core)).T
+
+    def _added_up(self, pieces: Tensor) -> Tensor:
+        """(rows, repeats x columns) to (rows, columns): what an identity that is repeated does."""
+        return pieces if self.repeats == 1 else pieces.unflatten(-1, (self.repeats, -1)).sum(dim=-2)
 
     def merged_weight(self) -> Tensor:
         """The dense matrix W = U Sigma V^T, (out_features, in_features)."""
@@ -195,6 +211,8 @@ class GroveLinear(nn.Module):
             yield self.right, x
         if core is not None and core.ndim == 2:
             yield self.core if self.active_adaptor is None else self.adaptors[self.active_adaptor], inner
+        if self.right_kind == "identity" and self.repeats > 1:
+            inner = torch.cat([inner] * self.repeats, dim=-1)
         if core is not None and self.left_kind != "identity":
             inner = _times_core(inner, core.mT if core.ndim > 1 else core)
         if self.left_kind == "shared":
@@ -252,8 +270,8 @@ class GroveBank(nn.Module):
         num_layers: Layers of the model.
         group_size: Layers that share one basis.
         sharing: "group": disjoint groups of neighbours. "cycle": the bases in turns, again and again, so that layers
-            far apart share. "band": each layer's basis is made of ``group_size``
-            pieces along the rank, of which it shares all but one with the next layer, so that every piece serves
+            far apart share. "mix": every layer uses all of them, beginning with the one that it would have in a cycle.
+            "band": each layer's basis is made of ``group_size`` pieces along the rank, of which it shares all but one with the next layer, so that every piece serves
             ``group_size`` layers and no two layers have the same basis. A piece keeps its place within the rank in
             every layer that uses it, so that the units of a head keep their resolution.
         rank_axis: The axis (0 or 1) along which a band is cut.
@@ -270,7 +288,7 @@ class GroveBank(nn.Module):
         *,
         num_layers: int,
         group_size: int,
-        sharing: Literal["group", "cycle", "band"],
+        sharing: Literal["group", "cycle", "mix", "band"],
         rank_axis: Literal[0, 1],
         std: float = 0.02,
     ) -> None:
@@ -290,8 +308,11 @@ class GroveBank(nn.Module):
         """The pieces that the basis of a layer is made of, in the order of the rank."""
         if self.sharing == "group":
             return (self._piece(layer // self.group_size),)
+        count = len(self.bases)
         if self.sharing == "cycle":
-            return (self._piece(layer % len(self.bases)),)
+            return (self._piece(layer % count),)
+        if self.sharing == "mix":
+            return tuple(self._piece((layer + turn) % count) for turn in range(count))
         pieces = range(layer, layer + self.group_size)
         return tuple(self._piece(index) for index in sorted(pieces, key=lambda index: index % self.group_size))
 

@@ -68,7 +68,7 @@ class ModelConfig:
         grove_parts: The parts of a layer whose projections are Grove's; the others are dense.
         rank: Grove's inner size; left out is full rank.
         group_size: Layers that share one of Grove's bases.
-        sharing: Disjoint groups of neighbours, the bases in cycles, or overlapping bands of one bank.
+        sharing: Disjoint groups of neighbours, the bases in cycles, a mixture of all, or overlapping bands of one bank.
         shared_sides: Which of Grove's bases are shared.
         core: Form of Grove's Sigma.
         core_block_size: Side of a block of a block-diagonal core.
