@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": "perplexity and bits per byte of a model on a text",
     "generate": "text from a prompt",
     "info": "parameters, FLOPs and memory of a model before it is trained",
+    "export": "a model as a plain dense folder, for other tools",
     "data": "tokenise and pack a text (data prepare)",
     "report": "write a comparison's report again",
 }

@@ -314,3 +314,35 @@ def test_import_and_help_load_neither_torch_nor_transformers() -> None:
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "[]"
+
+
+def test_export_writes_a_dense_folder_that_gives_the_same_text(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    code, out, error = answer(capsys, "export", str(trained), "--out", str(tmp_path / "dense"))
+    assert code == 0, error
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    if config["model_type"] == "kalmagrove":
+        assert config["projections"] == "dense" and "a dense kalmagrove model" in out
+    else:
+        assert f"a stock {config['model_type']} model" in out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense") is not None
+    texts = [
+        answer(capsys, "generate", str(folder), "The river", "--max_new_tokens", "9", "--temperature", "0")[1]
+        for folder in (trained, tmp_path / "dense")
+    ]
+    assert texts[0] == texts[1]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for words, message in (
+        (["--out", str(tmp_path / "dense")], "exists and is not empty"),
+        (["--out", str(tmp_path / "x"), "--format", "onnx"], "--format must be one of auto, llama, gpt2, dense"),
+        (["--out", str(tmp_path / "x"), "--adaptor", "legal"], "--adaptor: "),
+    ):
+        code, _, error = answer(capsys, "export", str(trained), *words)
+        assert code == 2 and message in error and error.count("\n") == 1
+    if config["model_type"] == "kalmagrove":
+        code, _, error = answer(capsys, "export", str(trained), "--out", str(tmp_path / "x"), "--format", "llama")
+        assert code == 2 and "differs in attention, qk_norm" in error
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kalmagrove.nn.grove import Basis, GroveBank, GroveLinear
+from kalmagrove.nn.grove import Basis, GroveBank, GroveLinear, composed_weights, compute_path
 
 CASES = {
     "full-right": {"rank": 7, "left": "identity", "right": [Basis(7, 13)], "core": "diagonal"},
@@ -165,3 +165,57 @@ def test_sizes_that_do_not_fit_are_refused(options: dict[str, object], message: 
 def test_a_band_needs_a_divisible_rank() -> None:
     with pytest.raises(ValueError, match="rank 7 is not divisible by group_size 2"):
         GroveBank(7, 13, num_layers=3, group_size=2, sharing="band", rank_axis=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "composed_before", "path"),
+    [
+        (1, 16, False, "factored"),
+        (1, 16, True, "factored"),
+        (1, 48, True, "composed"),
+        (1, 48, False, "factored"),
+        (4096, 16, False, "factored"),
+        (4096, 33, False, "composed"),
+        (4096, 32, False, "factored"),
+    ],
+)
+def test_the_cheaper_path_is_chosen_by_multiplications(
+    tokens: int, rank: int, composed_before: bool, path: str
+) -> None:
+    assert compute_path(tokens, 64, 64, rank, composed_before=composed_before) == path
+
+
+def test_both_paths_give_the_same_values_and_gradients() -> None:
+    torch.manual_seed(0)
+    layer = GroveLinear(12, 12, 10, left="private", right="private", core="dense").double()
+    x = torch.randn(500, 12, dtype=torch.float64)
+    assert layer.compute_path(500) == "composed" and layer.compute_path(2) == "factored"
+    slope = torch.randn(500, 12, dtype=torch.float64)
+    (layer(x) * slope).sum().backward()
+    composed = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    layer.zero_grad()
+    for rows, part in zip(x.split(2), slope.split(2), strict=True):
+        (layer(rows) * part).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert torch.allclose(parameter.grad, composed[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_held_weights_give_the_same_and_gradients_pass_them_by(name: str) -> None:
+    layer, x = grove(name), torch.randn(4, 13)
+    layer.add_adaptor("legal")
+    layer.adaptors["legal"].data.normal_()
+    base = layer(x)
+    with composed_weights(layer):
+        with torch.no_grad():
+            assert torch.allclose(layer(x), base, atol=1e-5)
+            layer.set_adaptor("legal")
+            assert torch.allclose(layer(x), x @ layer.merged_weight().T, atol=1e-5)
+            layer.set_adaptor(None)
+        layer(x).sum().backward()
+    learned = [p for p in layer.multiplied_matrices() if p is not layer.adaptors["legal"]]
+    assert learned and all(parameter.grad is not None for parameter in learned)
+    with torch.no_grad():
+        for parameter in learned:
+            parameter.mul_(2)
+        assert not torch.allclose(layer(x), base, atol=1e-3)

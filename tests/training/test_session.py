@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -254,3 +255,56 @@ def test_wrong_loop_options_are_named(options: dict[str, Any], message: str) -> 
 def test_an_unknown_device_is_a_usage_error(packed: PackedText) -> None:
     with pytest.raises(UsageError, match="loop: unknown device 'gpu'"):
         TrainingRun(config(device="gpu"), packed)
+
+
+GROWTH = {2: 8, 4: 12}
+
+
+def growing(optim: str) -> TrainConfig:
+    conf = config(optim=optim, grow_rank=GROWTH)
+    options: dict[str, Any] = {"grove_parts": "all", "shared_sides": "both", "core": "dense", "rank": 4}
+    return replace(conf, model=replace(conf.model, **options))
+
+
+@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon"])
+def test_a_rank_grows_in_training_and_a_resumed_run_is_still_the_unbroken_one(
+    optim: str, packed: PackedText, tmp_path: Path
+) -> None:
+    conf = growing(optim)
+    losses, weights = run_to_the_end(tmp_path / "whole", packed, conf)
+    for stop in (2, 3, 5):
+        session = TrainingSession(conf, packed, tmp_path / f"cut-{stop}")
+        first = finish(session, stop)
+        session.save()
+        session.close()
+        rest, resumed = run_to_the_end(tmp_path / f"cut-{stop}", packed, conf)
+        assert first + rest == losses
+        assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
+    assert {tensor.shape for name, tensor in weights.items() if name.endswith(".core")} == {(12, 12)}
+
+
+def test_growing_does_not_disturb_the_state_of_other_parameters(packed: PackedText) -> None:
+    run = TrainingRun(growing("adamw"), packed)
+    for _ in range(2):
+        run.train_step()
+    name = "model.embed_tokens.weight"
+    before = run.optimizers[0].state[dict(run.model.named_parameters())[name]]["exp_avg"].clone()
+    run._grow(2, 8)
+    after = run.optimizers[0].state[dict(run.model.named_parameters())[name]]["exp_avg"]
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("growth", "message"),
+    [
+        ({2: 3}, "loop.grow_rank, step 2: the new rank must be above 4, got 3"),
+        ({2: 64}, "loop.grow_rank, step 2: rank 64 must be between 1 and"),
+        ({99: 8}, "loop.grow_rank names step 99, but the run has steps 1 to 6"),
+    ],
+)
+def test_a_growth_that_cannot_be_is_an_error_before_the_first_step(
+    growth: dict[int, int], message: str, packed: PackedText
+) -> None:
+    conf = growing("adamw")
+    with pytest.raises(UsageError, match=re.escape(message)):
+        TrainingRun(replace(conf, loop=replace(conf.loop, grow_rank=growth)), packed)

@@ -50,6 +50,7 @@ def describe(options: Any) -> dict[str, Any]:
         build_empty,
         count_parameters,
         decoding_bytes,
+        projection_paths,
         training_flops_per_token,
         training_memory,
     )
@@ -82,6 +83,10 @@ def describe(options: Any) -> dict[str, Any]:
         optimizer=options.optim,
         precision=options.precision,
     )
+    paths = {
+        "training": projection_paths(config, options.batch_size * length),
+        "decoding": projection_paths(config, 1, composed_before=True),
+    }
     return {
         "name": name,
         "context_length": length,
@@ -104,6 +109,7 @@ def describe(options: Any) -> dict[str, Any]:
             "activations": memory.activations,
         },
         "decoding_cache_bytes": decoding_bytes(config, length),
+        "grove_paths": paths,
     }
 
 
@@ -122,6 +128,10 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_row(
         f"decoding cache at {facts['context_length']} tokens", f"{facts['decoding_cache_bytes'] / 2**20:,.2f} MiB"
     )
+    for use, paths in facts["grove_paths"].items():
+        for path in dict.fromkeys(paths.values()):
+            names = ", ".join(name for name, own in paths.items() if own == path)
+            table.add_row(f"Grove in {use}, {path}", names)
     console = Console()
     console.print(table)
     console.print(

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import as_decoder, load_model, model_folder
+from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import choose_device
 
 
@@ -85,7 +86,13 @@ def generate_text(
     def choose(logits: Tensor) -> int:
         return int(choose_token(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
 
-    return _pieces(_next_logits(loaded), choose, tokenizer, ids, end, min(max_new_tokens, limit - len(ids)))
+    count = min(max_new_tokens, limit - len(ids))
+    return _with_composed_weights(loaded, _pieces(_next_logits(loaded), choose, tokenizer, ids, end, count))
+
+
+def _with_composed_weights(model: PreTrainedModel, pieces: Iterator[str]) -> Iterator[str]:
+    with composed_weights(model):
+        yield from pieces
 
 
 def _next_logits(model: PreTrainedModel) -> Callable[[list[int]], Tensor]:

@@ -13,6 +13,7 @@ from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.projections import grove_rank, is_grove, projection_sizes, shared_sides
 from kalmagrove.nn.arnold import Resolution
+from kalmagrove.nn.grove import ComputePath, GroveLinear, compute_path
 from kalmagrove.precision import autocast
 
 
@@ -60,12 +61,12 @@ def forward_macs_per_token(config: KalmaGroveConfig, context_length: int) -> flo
     """Multiply-accumulates of the forward for one token, averaged over a context of that length.
 
     Counted: projections, attention scores and mixing over the keys that a query can see, short convolutions and the
-    output head. Left out: norms and other elementwise work, and the building of Grove's weights, which is done once
-    a step and not once a token.
+    output head; of Grove's projections the cheaper path for one sequence, with its share of composing W. Left out:
+    norms and other elementwise work, and the multiplication of weights with diagonal cores.
     """
     layer = 0.0
     for name, (in_features, out_features) in projection_sizes(config).items():
-        layer += _projection_macs(config, name, in_features, out_features)
+        layer += _projection_macs(config, name, in_features, out_features, context_length)
     layer += sum(2 * group.width * mean_visible_keys(group, context_length) for group in config.head_groups())
     layer += 2 * config.short_conv * config.attention_width
     rank = config.embedding_rank
@@ -73,12 +74,21 @@ def forward_macs_per_token(config: KalmaGroveConfig, context_length: int) -> flo
     return config.num_hidden_layers * layer + embedding + (rank or config.hidden_size) * config.vocab_size
 
 
-def _projection_macs(config: KalmaGroveConfig, name: str, in_features: int, out_features: int) -> float:
-    if not is_grove(config, name):
-        return in_features * out_features
+def _projection_macs(config: KalmaGroveConfig, name: str, in_features: int, out_features: int, tokens: int) -> float:
+    dense = in_features * out_features
+    if not is_grove(config, name) or (len(shared_sides(config, name)) == 1 and config.rank is None):
+        return dense
     rank = grove_rank(config, name, in_features, out_features)
-    one_sided = len(shared_sides(config, name)) == 1 and config.rank is None
-    return in_features * out_features if one_sided else rank * (in_features + out_features)
+    if compute_path(tokens, in_features, out_features, rank) == "composed":
+        return dense + dense * rank / tokens
+    return rank * (in_features + out_features)
+
+
+def projection_paths(config: KalmaGroveConfig, tokens: int, *, composed_before: bool = False) -> dict[str, ComputePath]:
+    """How each Grove projection multiplies so many tokens; none for a dense model."""
+    model = build_empty(config)
+    layers = {name.rsplit(".", 1)[-1]: m for name, m in model.named_modules() if isinstance(m, GroveLinear)}
+    return {name: layer.compute_path(tokens, composed_before=composed_before) for name, layer in layers.items()}
 
 
 def mean_visible_keys(group: Resolution, context_length: int) -> float:

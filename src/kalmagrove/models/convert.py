@@ -23,6 +23,7 @@ from kalmagrove.auto_classes import register_when_imported
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.merging import merge
 
 Stock = Literal["gpt2", "llama"]
 
@@ -41,10 +42,15 @@ _FAMILY: dict[Stock, dict[str, Any]] = {
 }
 
 
+def obstacles(config: KalmaGroveConfig, family: Stock) -> list[str]:
+    """The options in which a configuration differs from a stock architecture."""
+    return [name for name, value in (_PLAIN | _FAMILY[family]).items() if getattr(config, name) != value]
+
+
 def stock_family(config: KalmaGroveConfig) -> Stock | None:
     """The stock architecture that a configuration is, or None."""
-    for family, options in _FAMILY.items():
-        if all(getattr(config, name) == value for name, value in (_PLAIN | options).items()):
+    for family in _FAMILY:
+        if not obstacles(config, family):
             square = config.attention_width == config.hidden_size
             if family == "llama" or (square and config.tie_word_embeddings):
                 return family
@@ -52,14 +58,17 @@ def stock_family(config: KalmaGroveConfig) -> Stock | None:
 
 
 def to_stock(model: KalmaGroveForCausalLM) -> PreTrainedModel:
-    """The same function as a stock model of transformers.
+    """The same function as a stock model of transformers; Grove's projections are merged.
 
     Raises:
         ValueError: The configuration is neither GPT-2's nor Llama's.
     """
+    if model.config.projections == "grove":
+        model = merge(model)
     family = stock_family(model.config)
     if family is None:
-        raise ValueError("only configurations that equal GPT-2 or Llama can be written as a stock model")
+        found = ", ".join(obstacles(model.config, "llama"))
+        raise ValueError(f"this model is no Llama, and cannot be written as one: it differs in {found}")
     config, weights = model.config, dict(model.state_dict())
     with torch.random.fork_rng():
         stock: PreTrainedModel = (

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
 from kalmagrove.nn.arnold import BlockPooling, DecodingCache, MultiResolutionAttention
-from kalmagrove.nn.grove import Basis, GroveLinear
+from kalmagrove.nn.grove import Basis, GroveLinear, composed_weights
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
 
@@ -261,6 +261,11 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         """
         hidden = self.model(input_ids).last_hidden_state
         return linear_cross_entropy(self.before_head(hidden).flatten(0, 1), self.output_weight(), targets.flatten())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with Grove's weights made once."""
+        with composed_weights(self):
+            return super().generate(*args, **kwargs)
 
     def new_cache(self) -> DecodingCache:
         """An empty cache for decoding."""

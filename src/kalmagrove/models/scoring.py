@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
 
 LOGIT_BUDGET = 1 << 25
@@ -37,13 +38,14 @@ def nats_of_windows(
     was_training = model.training
     model.eval()
     try:
-        for batch, scored in _equal_batches(windows, vocab_size):
-            tokens = torch.from_numpy(batch).to(device)
-            with torch.no_grad(), autocast(precision, device):
-                logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
-            targets = tokens[:, -scored:].flatten()
-            total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-            scored_tokens += targets.numel()
+        with torch.no_grad(), composed_weights(model):
+            for batch, scored in _equal_batches(windows, vocab_size):
+                tokens = torch.from_numpy(batch).to(device)
+                with autocast(precision, device):
+                    logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
+                targets = tokens[:, -scored:].flatten()
+                total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
+                scored_tokens += targets.numel()
     finally:
         model.train(was_training)
     return total, scored_tokens

@@ -13,6 +13,7 @@ out: at full rank the inner basis is the identity and the core is the gain of ea
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -21,6 +22,27 @@ from torch import Tensor, nn
 
 Core = Literal["none", "diagonal", "block", "dense"]
 Side = Literal["shared", "private", "identity"]
+ComputePath = Literal["factored", "composed"]
+
+
+def compute_path(
+    tokens: int, in_features: int, out_features: int, rank: int, *, composed_before: bool = False
+) -> ComputePath:
+    """The cheaper way, by multiply-accumulates, to multiply tokens with two factors U (with Sigma) and V^T.
+
+    "factored" multiplies each token with V^T and then with U; "composed" multiplies the factors first and each token
+    with W. The backward costs twice the forward on both ways, so that the choice is the same in training.
+
+    Args:
+        tokens: That are multiplied at a time.
+        in_features: Of W.
+        out_features: Of W.
+        rank: Between the factors.
+        composed_before: Whether W is at hand, as in decoding.
+    """
+    compose = 0 if composed_before else in_features * out_features * rank
+    factored = tokens * rank * (in_features + out_features)
+    return "composed" if compose + tokens * in_features * out_features < factored else "factored"
 
 
 class Basis(nn.Module):
@@ -96,6 +118,7 @@ class GroveLinear(nn.Module):
             self.core = nn.Parameter(self._identity_core())
         self.adaptors = nn.ParameterDict()
         self.active_adaptor: str | None = None
+        self._composed: tuple[Tensor | None, Tensor | None] | None = None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -179,15 +202,36 @@ class GroveLinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """The dense matrix W = U Sigma V^T, (out_features, in_features)."""
+        weight = _product(*self.folded())
+        assert weight is not None
+        return weight
+
+    def compute_path(self, tokens: int, *, composed_before: bool = False) -> ComputePath:
+        """How so many tokens are multiplied; a side that is the identity leaves one matrix, which is W."""
+        if "identity" in (self.left_kind, self.right_kind):
+            return "composed"
+        sizes = (tokens, self.in_features, self.out_features, self.rank)
+        return compute_path(*sizes, composed_before=composed_before)
+
+    @torch.no_grad()
+    def hold_composed(self) -> None:
+        """Keeps what the core and the factors make, for forwards without gradients, until :meth:`release_composed`."""
         left, right = self.folded()
-        if left is None or right is None:
-            weight = right if left is None else left
-            assert weight is not None
-            return weight
-        return left @ right
+        if self.compute_path(1, composed_before=True) == "composed":
+            left, right = None, _product(left, right)
+        self._composed = left, right
+
+    def release_composed(self) -> None:
+        """The parameters count again."""
+        self._composed = None
 
     def forward(self, x: Tensor) -> Tensor:
-        left, right = self.folded()
+        if self._composed is not None and not torch.is_grad_enabled():
+            left, right = self._composed
+        else:
+            left, right = self.folded()
+            if left is not None and right is not None and self.compute_path(x[..., 0].numel()) == "composed":
+                left, right = None, _product(left, right)
         if right is not None:
             x = F.linear(x, right)
         return x if left is None else F.linear(x, left)
@@ -243,12 +287,36 @@ class GroveLinear(nn.Module):
         if name is not None and name not in self.adaptors:
             raise ValueError(f"no adaptor {name!r}; there are: {', '.join(sorted(self.adaptors.keys())) or 'none'}")
         self.active_adaptor = name
+        if self._composed is not None:
+            self.hold_composed()
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_features}, {self.out_features}, rank={self.rank}, left={self.left_kind}, "
             f"right={self.right_kind}, core={self.core_kind}"
         )
+
+
+@contextmanager
+def composed_weights(model: nn.Module) -> Iterator[None]:
+    """Makes the weights of a model's Grove layers once, not in each forward, as long as the context is open.
+
+    For decoding and evaluation: the parameters must not change meanwhile, and forwards with gradients are as before.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, GroveLinear) and layer._composed is None]
+    for layer in layers:
+        layer.hold_composed()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.release_composed()
+
+
+def _product(left: Tensor | None, right: Tensor | None) -> Tensor | None:
+    if left is None or right is None:
+        return right if left is None else left
+    return left @ right
 
 
 def _times_core(matrix: Tensor, core: Tensor) -> Tensor:
@@ -271,9 +339,10 @@ class GroveBank(nn.Module):
         group_size: Layers that share one basis.
         sharing: "group": disjoint groups of neighbours. "cycle": the bases in turns, again and again, so that layers
             far apart share. "mix": every layer uses all of them, beginning with the one that it would have in a cycle.
-            "band": each layer's basis is made of ``group_size`` pieces along the rank, of which it shares all but one with the next layer, so that every piece serves
-            ``group_size`` layers and no two layers have the same basis. A piece keeps its place within the rank in
-            every layer that uses it, so that the units of a head keep their resolution.
+            "band": each layer's basis is made of ``group_size`` pieces along the rank, of which it shares all but one
+            with the next layer, so that every piece serves ``group_size`` layers and no two layers have the same
+            basis. A piece keeps its place within the rank in every layer that uses it, so that the units of a head
+            keep their resolution.
         rank_axis: The axis (0 or 1) along which a band is cut.
         std: Standard deviation of the initial values.
 

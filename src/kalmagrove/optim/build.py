@@ -74,6 +74,21 @@ def build_optimizers(
     return optimizers
 
 
+def keep_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Gives an optimiser what another one remembers of the parameters in its place, where their shapes are the same.
+
+    For a model some of whose parameters have been made larger: those begin anew.
+    """
+    parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (old, new)]
+    saved = old.state_dict()
+    for index, (before, after) in enumerate(zip(*parameters, strict=True)):
+        if before.shape != after.shape:
+            saved["state"].pop(index, None)
+    if isinstance(old, Kalma):
+        old.detach()
+    new.load_state_dict(saved)
+
+
 def plain_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What every optimiser of torch understands of groups: parameters, learning rate and decay."""
     return [{name: group[name] for name in ("params", "lr", "weight_decay")} for group in groups]

@@ -213,6 +213,7 @@ class LoopConfig:
         eval_every: Steps between evaluations on a part of the validation split; 0 is 10 in the whole run.
         save_every: Steps between checkpoints.
         keep_last: Checkpoints that are kept.
+        grow_rank: New ranks of Grove's projections by the step that they come before, e.g. {500: 64}.
     """
 
     tokens: int | str = "2m"
@@ -226,6 +227,7 @@ class LoopConfig:
     eval_every: int = 0
     save_every: int = 250
     keep_last: int = 2
+    grow_rank: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "context_length", "log_every", "save_every", "keep_last"):
@@ -245,6 +247,9 @@ class LoopConfig:
                 f"loop.tokens {self.tokens} is less than one batch of {self.tokens_per_step} tokens "
                 f"({self.batch_size} x {self.context_length})"
             )
+        for step in self.grow_rank or {}:
+            if not 0 < step < self.total_steps:
+                raise UsageError(f"loop.grow_rank names step {step}, but the run has steps 1 to {self.total_steps - 1}")
 
     @property
     def tokens_per_step(self) -> int:

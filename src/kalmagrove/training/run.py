@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import torch
 from kalmagrove.data.batches import batch_at, evaluation_windows
 from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.models.accounting import build_empty
 from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.growing import grow_rank
 from kalmagrove.models.scoring import nats_of_windows
-from kalmagrove.optim.build import build_optimizers, scale_learning_rates
+from kalmagrove.optim.build import build_optimizers, keep_state, scale_learning_rates
 from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
 from kalmagrove.training.checkpoint import Checkpoint
@@ -58,7 +61,7 @@ class TrainingRun:
 
     def __init__(self, config: TrainConfig, data: PackedText) -> None:
         self.config, self.data = config, data
-        loop, optim = config.loop, config.optim
+        loop = config.loop
         try:
             self.device = choose_device(loop.device)
             self.precision = choose_precision(loop.precision, self.device)
@@ -76,7 +79,14 @@ class TrainingRun:
             self.model = build_model(self.model_config, loop.seed).to(self.device).train()
         except ValueError as error:
             raise UsageError(f"model: {error}") from error
-        self.optimizers = build_optimizers(
+        self._check_growth()
+        self.optimizers = self._build_optimizers()
+        self.step = 0
+        self.batch(0)  # Too little text is an error before step 1.
+
+    def _build_optimizers(self) -> list[torch.optim.Optimizer]:
+        optim = self.config.optim
+        return build_optimizers(
             optim.name,
             self.model,
             **optim.peak_rates(),
@@ -86,8 +96,26 @@ class TrainingRun:
             refresh_every=optim.refresh_every,
             betas=(optim.beta1, optim.beta2),
         )
-        self.step = 0
-        self.batch(0)  # Too little text is an error before step 1.
+
+    def _check_growth(self) -> None:
+        """Tries the planned growth on a model without weights, so that a wrong rank is an error before step 1."""
+        trial = build_empty(copy.deepcopy(self.model_config))
+        for step, rank in self._growth():
+            try:
+                grow_rank(trial, rank, seed=0)
+            except ValueError as error:
+                raise UsageError(f"loop.grow_rank, step {step}: {error}") from error
+
+    def _growth(self) -> list[tuple[int, int]]:
+        """(step, rank) in the order of the steps."""
+        return sorted((self.config.loop.grow_rank or {}).items())
+
+    def _grow(self, step: int, rank: int) -> None:
+        """A larger rank; parameters of unchanged shape keep their optimiser state."""
+        grow_rank(self.model, rank, seed=self.config.loop.seed + step)
+        former, self.optimizers = self.optimizers, self._build_optimizers()
+        for old, new in zip(former, self.optimizers, strict=True):
+            keep_state(old, new)
 
     @property
     def total_steps(self) -> int:
@@ -121,6 +149,8 @@ class TrainingRun:
         loop, optim = self.config.loop, self.config.optim
         synchronize(self.device)
         started = time.perf_counter()
+        if loop.grow_rank and self.step in loop.grow_rank:
+            self._grow(self.step, loop.grow_rank[self.step])
         factor = learning_rate_factor(
             optim.schedule, self.step, self.total_steps, round(optim.warmup_part * self.total_steps)
         )
@@ -189,6 +219,9 @@ class TrainingRun:
             raise KalmaGroveError(
                 f"{checkpoint.path} was trained on other data; give the same data, or start a new run folder"
             )
+        for step, rank in self._growth():
+            if step < int(checkpoint.progress["step"]):
+                self._grow(step, rank)
         self.model.load_state_dict(checkpoint.model)
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer["optimizers"], strict=True):
             optimizer.load_state_dict(state)

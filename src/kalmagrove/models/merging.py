@@ -1,0 +1,35 @@
+"""A Grove model as a plain dense one."""
+
+from __future__ import annotations
+
+import torch
+
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.nn.grove import GroveLinear
+
+
+@torch.no_grad()
+def merge(model: KalmaGroveForCausalLM) -> KalmaGroveForCausalLM:
+    """The same function with dense projections, each W = U Sigma V^T multiplied out; the given model stays as it is.
+
+    The active adaptor is merged too; the others are left behind. A dense model gives a copy.
+    """
+    grove = {name: module for name, module in model.named_modules() if isinstance(module, GroveLinear)}
+    owned = tuple(f"{name}." for name in ("model.bases", *grove))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith(owned)}
+    weights |= {f"{name}.weight": layer.merged_weight().clone() for name, layer in grove.items()}
+    reference = next(model.parameters())
+    with torch.device("meta"):
+        merged = KalmaGroveForCausalLM(_dense(model.config))
+    merged = merged.to_empty(device=reference.device).to(reference.dtype)
+    merged.load_state_dict(weights, strict=True)
+    return merged.train(model.training)
+
+
+def _dense(config: KalmaGroveConfig) -> KalmaGroveConfig:
+    options = config.to_dict()
+    defaults = KalmaGroveConfig()
+    for name in ("grove_parts", "rank", "group_size", "sharing", "shared_sides", "core", "core_block_size"):
+        options[name] = getattr(defaults, name)
+    return KalmaGroveConfig(**options | {"projections": "dense", "adaptors": []})
