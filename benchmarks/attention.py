@@ -3,10 +3,9 @@
     python benchmarks/attention.py                                    256 to 16,384 tokens
     python benchmarks/attention.py --device cuda --lengths 1024 8192 --compile
 
-Each row is an equal number of heads over one text: all of them causal (torch's fused kernel), a sliding window, the
-mean of blocks, or half and half, which is what the preset kalmagrove does. With --compile, on a GPU, FlexAttention
-with the same windows runs beside them. Contestants take turns; a ratio is the median over the rounds of that to causal
-attention.
+Each row is an equal number of heads over one text: causal by torch's fused kernel, a sliding window, a window and
+pooled blocks before it, which is what the preset kalmagrove does, and the package's own full attention. Contestants
+take turns; a ratio is the median over the rounds of that to the fused kernel.
 """
 
 from __future__ import annotations
@@ -21,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from kalmagrove.files import write_json_atomic
-from kalmagrove.nn.arnold import BlockPooling, Resolution, attend
+from kalmagrove.nn.arnold import BlockPooling
+from kalmagrove.nn.attend import attend
+from kalmagrove.nn.resolution import Resolution
 from kalmagrove.precision import choose_device, synchronize
 from kalmagrove.training.environment import describe_environment
 
@@ -32,53 +32,25 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CAUSAL = "causal, fused"
 
 
-def contestants(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Attend]:
+def contestants(options: argparse.Namespace, length: int) -> dict[str, Attend]:
     """Functions of queries, keys and values (batch, heads, sequence, head_dim)."""
-    local = Resolution(1, options.head_dim, window=options.window)
-    coarse = Resolution(1, options.head_dim, stride=options.stride)
-    both = {
-        CAUSAL: partial(F.scaled_dot_product_attention, is_causal=True),
-        f"window {options.window}": partial(_pooled_attend, local),
-        f"stride {options.stride}": partial(_pooled_attend, coarse),
-        "half and half": partial(_half_and_half, local, coarse),
+    reach, stride = options.reach, options.stride
+    scales = {
+        f"window {reach}": [(1, reach)],
+        f"window {reach}, then blocks of {stride}": [(1, reach), (stride, None)],
     }
-    if options.compile:
-        both |= {f"{name}, compiled": torch.compile(own, dynamic=False) for name, own in both.items() if name != CAUSAL}
-        both |= {f"FlexAttention {name}": own for name, own in _flex(options, length, device).items()}
-    return both
+    own = {name: partial(_attend, Resolution(1, options.head_dim, pairs), length) for name, pairs in scales.items()}
+    own["full, ours"] = partial(_attend, Resolution(1, options.head_dim), length)
+    compiled = (
+        {f"{name}, compiled": torch.compile(f, dynamic=False) for name, f in own.items()} if options.compile else {}
+    )
+    return {CAUSAL: partial(F.scaled_dot_product_attention, is_causal=True)} | own | compiled
 
 
-def _pooled_attend(resolution: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    if resolution.stride > 1:
-        pool = BlockPooling(key.shape[1], resolution.head_dim, resolution.stride).to(key)
-        key, value = pool(key, value)
-    return attend(resolution, query, key, value)
-
-
-def _half_and_half(local: Resolution, coarse: Resolution, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    groups = zip((local, coarse), *(t.chunk(2, dim=1) for t in (query, key, value)), strict=True)
-    return torch.cat([_pooled_attend(*group) for group in groups], dim=1)
-
-
-def _flex(options: argparse.Namespace, length: int, device: torch.device) -> dict[str, Attend]:
-    """The same patterns by FlexAttention; the blocks' means are made outside."""
-
-    def in_window(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (key > query - options.window)
-
-    def finished(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key + 1) * options.stride - 1 <= query
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    blocks = length // options.stride
-    local = create_block_mask(in_window, None, None, length, length, device=str(device))
-    coarse = create_block_mask(finished, None, None, length, blocks, device=str(device))
-
-    def pooled(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        key, value = (t.unflatten(2, (blocks, options.stride)).mean(3) for t in (key, value))
-        return compiled(query, key, value, block_mask=coarse)
-
-    return {f"window {options.window}": partial(compiled, block_mask=local), f"stride {options.stride}": pooled}
+def _attend(resolution: Resolution, length: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    used = resolution.used(length)
+    blocks = [BlockPooling(key.shape[1], key.shape[3], stride).to(key)(key, value) for _, (stride, _) in used.coarse]
+    return attend(used, query, [key, *(k for k, _ in blocks)], [value, *(v for _, v in blocks)])
 
 
 def measure(own: Attend, inputs: list[Tensor]) -> tuple[float, int]:
@@ -105,7 +77,7 @@ def compare_at(length: int, options: argparse.Namespace) -> dict[str, dict[str, 
     generator = torch.Generator().manual_seed(0)
     shape = (batch, options.heads, length, options.head_dim)
     inputs = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_() for _ in range(3)]
-    all_of_them = contestants(options, length, device)
+    all_of_them = contestants(options, length)
     seconds: dict[str, list[float]] = {name: [] for name in all_of_them}
     memory: dict[str, int] = {}
     for turn in range(options.warmup + options.rounds):
@@ -131,8 +103,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch, at least one text")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--window", type=int, default=64)
-    parser.add_argument("--stride", type=int, default=4)
+    parser.add_argument("--reach", type=int, default=128, help="tokens that are seen one by one")
+    parser.add_argument("--stride", type=int, default=16, help="tokens of a block before them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--compile", action="store_true")

@@ -15,43 +15,39 @@ from torch import nn
 
 from kalmagrove.models.accounting import build_empty
 from kalmagrove.models.build import model_config
-from kalmagrove.nn.arnold import Resolution, block_ends
 from kalmagrove.nn.grove import GroveLinear
+from kalmagrove.nn.resolution import Resolution
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHOWN_TOKENS = 32
+SHOWN_TOKENS = 48
 SHOWN_GROUPS = {
-    "short convolution: the last 4 tokens": Resolution(1, 2, window=4),
-    "window of 12 tokens": Resolution(1, 2, window=12),
-    "stride 4: finished blocks, as one key each": Resolution(1, 2, stride=4),
+    "the short convolution: 4 tokens": Resolution(1, 2, [(1, 4)]),
+    "two scales: 12 tokens, then blocks of 4": Resolution(1, 2, [(1, 12), (4, None)]),
+    "three scales: 8 tokens, blocks of 4, then of 8": Resolution(1, 2, [(1, 8), (4, 20), (8, None)]),
 }
-SEEN, HIDDEN, LINE = "#2b7cc4", "#eef1f5", "#ffffff"
+SCALES = ("#2b7cc4", "#d0601c", "#0f9671")
+HIDDEN, LINE = "#eef1f5", "#ffffff"
 OWNERS = ("#2b7cc4", "#d0601c", "#0f9671", "#b5689b", "#a17a00", "#3d95b5", "#7a6fd0", "#6f8f3a")
 PRIVATE = "#dfe3e8"
 
 
 def draw_arnold(path: Path) -> None:
-    """Which tokens (columns) each position (rows) sees, at each resolution."""
-    from matplotlib.colors import ListedColormap
+    """Which tokens (columns) each position (rows) sees, a colour a scale; a key of several tokens is one bar."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(11, 4.2), dpi=160, layout="constrained")
+    figure = Figure(figsize=(12, 4.4), dpi=160, layout="constrained")
     positions = torch.arange(SHOWN_TOKENS)
-    for axes, (title, group) in zip(
-        figure.subplots(1, len(SHOWN_GROUPS), sharey=True), SHOWN_GROUPS.items(), strict=True
-    ):
-        blocks = SHOWN_TOKENS // group.stride
-        visible = group.visible(positions, block_ends(blocks, group.stride, positions.device))
-        axes.pcolormesh(
-            [edge * group.stride for edge in range(blocks + 1)],
-            list(range(SHOWN_TOKENS + 1)),
-            visible.float(),
-            cmap=ListedColormap([HIDDEN, SEEN]),
-            edgecolor=LINE,
-            linewidth=0.6,
-        )
+    subplots = figure.subplots(1, len(SHOWN_GROUPS), sharey=True)
+    for axes, (title, group) in zip(subplots, SHOWN_GROUPS.items(), strict=True):
+        axes.add_patch(Rectangle((0, 0), SHOWN_TOKENS, SHOWN_TOKENS, color=HIDDEN))
+        for scale, (stride, _) in enumerate(group.scales):
+            firsts = torch.arange(SHOWN_TOKENS // stride) * stride
+            for position, key in group.visible(scale, positions, firsts).nonzero().tolist():
+                corner = (key * stride + 0.08, position + 0.08)
+                axes.add_patch(Rectangle(corner, stride - 0.16, 0.84, color=SCALES[scale], linewidth=0))
         axes.set_title(title, fontsize=10, loc="left")
         _token_axes(axes)
     figure.axes[0].set_ylabel("position that asks")

@@ -14,8 +14,9 @@ from kalmagrove.auto_classes import register_when_imported
 if TYPE_CHECKING:
     from kalmagrove.models.config import KalmaGroveConfig
     from kalmagrove.models.decoder import KalmaGroveForCausalLM
-    from kalmagrove.nn.arnold import MultiResolutionAttention, Resolution
+    from kalmagrove.nn.arnold import MultiResolutionAttention
     from kalmagrove.nn.grove import GroveLinear
+    from kalmagrove.nn.resolution import Resolution
     from kalmagrove.optim.groups import kalma_groups
     from kalmagrove.optim.kalma import Kalma
 
@@ -27,7 +28,7 @@ _HOMES = {
     "KalmaGroveConfig": "kalmagrove.models.config",
     "KalmaGroveForCausalLM": "kalmagrove.models.decoder",
     "MultiResolutionAttention": "kalmagrove.nn.arnold",
-    "Resolution": "kalmagrove.nn.arnold",
+    "Resolution": "kalmagrove.nn.resolution",
     "kalma_groups": "kalmagrove.optim.groups",
 }
 __all__ = [

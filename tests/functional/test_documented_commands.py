@@ -16,6 +16,7 @@ PARSERS = {
     "eval": ("evaluate", "make_eval_parser"),
     "generate": ("generate", "make_generate_parser"),
     "info": ("info", "make_info_parser"),
+    "export": ("export", "make_export_parser"),
     "report": ("report", "make_report_parser"),
     "data": ("data", "make_data_parser"),
 }

@@ -10,10 +10,11 @@ from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.presets import FAMILIES
+from kalmagrove.nn.decoding import DecodingCache
 
 ARNOLD = [
-    {"num_heads": 2, "head_dim": 4, "stride": 1, "window": 5},
-    {"num_heads": 1, "head_dim": 6, "stride": 3, "window": None},
+    {"num_heads": 2, "head_dim": 4, "scales": [[1, 5]]},
+    {"num_heads": 1, "head_dim": 6, "scales": [[1, 4], [3, 12], [6, None]]},
 ]
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -55,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "factorised": {"preset": "kalmagrove", "embedding_rank": 12},
     "factorised-untied": {"preset": "llama", "embedding_rank": 12, "tie_word_embeddings": False},
     "untied": {"preset": "llama", "tie_word_embeddings": False},
+    "blocks": {"preset": "kalmagrove", "resolutions": [{"num_heads": 2, "head_dim": 8, "scales": [[1, 8], [4, None]]}]},
     "arnold-alone": {"preset": "llama", "attention": "arnold", "resolutions": ARNOLD},
 }
 
@@ -194,13 +196,114 @@ def test_labels_of_minus_100_are_left_out() -> None:
     assert torch.allclose(model(ids, labels=labels).loss, model(ids[:, :5], labels=ids[:, :5]).loss, atol=1e-5)
 
 
-def test_padding_is_refused_and_a_mask_of_ones_is_not() -> None:
-    model, ids = variant("kalmagrove"), tokens(5)
+PADDED = ["gpt2", "llama", "kalmagrove", "blocks", "arnold-alone"]
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_a_padded_batch_are_computed_as_if_they_were_alone(name: str, side: str) -> None:
+    model, ids = variant(name), tokens(23, batch=3)
     mask = torch.ones_like(ids)
-    model(ids, attention_mask=mask)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="padded batches are not supported"):
-        model(ids, attention_mask=mask)
+    for row, count in enumerate((0, 4, 11)):
+        mask[row, slice(0, count) if side == "left" else slice(23 - count, 23)] = 0
+    output = model(ids, attention_mask=mask, output_hidden_states=True)
+    for row in range(3):
+        alone = model(ids[row : row + 1, mask[row].bool()], output_hidden_states=True)
+        assert torch.allclose(output.logits[row, mask[row].bool()], alone.logits[0], atol=1e-4)
+        for states, expected in zip(output.hidden_states, alone.hidden_states, strict=True):
+            assert torch.allclose(states[row, mask[row].bool()], expected[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1}], ids=str)
+def test_a_padded_batch_generates_what_its_rows_generate_alone(name: str, options: dict[str, Any]) -> None:
+    model, ids = variant(name), tokens(14, batch=3)
+    options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 98, "eos_token_id": None} | options
+    mask = torch.ones_like(ids)
+    for row, count in enumerate((0, 3, 9)):
+        ids[row, :count], mask[row, :count] = 98, 0
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, count in enumerate((0, 3, 9)):
+        text = ids[row : row + 1, count:]
+        alone = model.generate(text, attention_mask=torch.ones_like(text), **options)
+        assert torch.equal(together[row, count:], alone[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "with_cache", "message"),
+    [
+        ([0, 0, 0, 0], False, "one run of ones in each row"),
+        ([1, 0, 1, 1], False, "one run of ones in each row"),
+        ([1, 1, 1, 0], True, "padding must come before the texts"),
+    ],
+)
+def test_masks_with_holes_are_refused(row: list[int], with_cache: bool, message: str) -> None:
+    model, ids = variant("kalmagrove"), tokens(4)
+    mask = torch.tensor([[1, 1, 1, 1], row])
+    cache = model.new_cache() if with_cache else None
+    with pytest.raises(ValueError, match=message):
+        model(ids, attention_mask=mask, cache=cache)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_a_cache_goes_on_after_it_was_stored(name: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, ids = variant(name), tokens(30)
+    mask = torch.ones_like(ids[:, :17])
+    mask[1, :5] = 0
+    cache = model.new_cache()
+    model(ids[:, :17], attention_mask=mask, cache=cache)
+    save_file(cache.to_tensors(), tmp_path / "cache.safetensors")
+    restored = DecodingCache.from_tensors(load_file(tmp_path / "cache.safetensors"))
+    assert restored.num_bytes() == cache.num_bytes() and restored.get_seq_length() == 17
+    for place in range(17, 30):
+        token = ids[:, place : place + 1]
+        assert torch.equal(model(token, cache=restored).logits, model(token, cache=cache).logits)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [({}, "length, num_layers is missing"), ({"layers.9.keys": torch.zeros(1)}, "it has a tensor 'layers.9.keys'")],
+)
+def test_other_tensors_are_no_cache(tensors: dict[str, torch.Tensor], message: str) -> None:
+    whole = {"length": torch.tensor(1), "num_layers": torch.tensor(2)} if tensors else {}
+    with pytest.raises(ValueError, match=message):
+        DecodingCache.from_tensors(whole | tensors)
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_documents_in_one_sequence_do_not_see_each_other(name: str) -> None:
+    options = dict(VARIANTS[name])
+    model = build_model(
+        model_config(options.pop("preset"), SIZES | options | {"document_mask": True}, eos_token_id=7), seed=5
+    ).eval()
+    ids = tokens(30).masked_fill(tokens(30) == 7, 8)
+    ids[:, 9], ids[:, 19] = 7, 7
+    before = model(ids).logits
+    for first, last in ((0, 10), (10, 20), (20, 30)):
+        changed = (ids + 1) % 99
+        changed = changed.masked_fill(changed == 7, 8)
+        changed[:, 9], changed[:, 19] = 7, 7
+        changed[:, first:last] = ids[:, first:last]
+        assert torch.allclose(model(changed).logits[:, first:last], before[:, first:last], atol=1e-5)
+    for portion in (1, 7, 10):
+        cache = model.new_cache()
+        pieces = [model(part, cache=cache).logits for part in ids.split(portion, dim=1)]
+        assert torch.allclose(torch.cat(pieces, dim=1), before, atol=1e-4)
+    # And in a padded batch, whose padding is the end-of-text token.
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    padded = ids.masked_fill(mask == 0, 7)
+    for cache in (None, model.new_cache()):
+        alone = model(ids[1:, 4:]).logits[0]
+        assert torch.allclose(model(padded, attention_mask=mask, cache=cache).logits[1, 4:], alone, atol=1e-4)
+
+
+def test_a_document_mask_needs_the_token_that_ends_a_document() -> None:
+    model = build_model(model_config("llama", SIZES | {"document_mask": True}), seed=0)
+    with pytest.raises(ValueError, match="document_mask needs eos_token_id"):
+        model(tokens(5))
 
 
 def test_a_text_longer_than_the_context_is_refused() -> None:
@@ -284,8 +387,8 @@ CHECKPOINT_NAMES = [
     "model.layers.1.self_attn.k_conv.weight",
     "model.layers.1.self_attn.k_proj.core",
     "model.layers.1.self_attn.o_proj.core",
-    "model.layers.1.self_attn.pools.1.bias",
-    "model.layers.1.self_attn.pools.1.query",
+    "model.layers.1.self_attn.pools.0_1.bias",
+    "model.layers.1.self_attn.pools.0_1.query",
     "model.layers.1.self_attn.q_proj.core",
     "model.layers.1.self_attn.query_gain",
     "model.layers.1.self_attn.v_conv.weight",

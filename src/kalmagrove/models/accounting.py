@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.projections import grove_rank, is_grove, projection_sizes, shared_sides
-from kalmagrove.nn.arnold import Resolution
 from kalmagrove.nn.grove import ComputePath, GroveLinear, compute_path
+from kalmagrove.nn.resolution import Resolution
 from kalmagrove.precision import autocast
 
 
@@ -93,9 +93,11 @@ def projection_paths(config: KalmaGroveConfig, tokens: int, *, composed_before: 
 
 def mean_visible_keys(group: Resolution, context_length: int) -> float:
     """Keys that a query of a resolution sees, averaged over the positions of a context."""
-    positions = torch.arange(context_length)
-    ends = torch.arange(group.stride - 1, context_length, group.stride)
-    return float(group.visible(positions, ends).sum()) / context_length
+    positions, seen = torch.arange(context_length), 0
+    for scale, (stride, _) in enumerate(group.scales):
+        firsts = torch.arange(context_length // stride) * stride
+        seen += int(group.visible(scale, positions, firsts).sum())
+    return seen / context_length
 
 
 def training_flops_per_token(config: KalmaGroveConfig, context_length: int) -> float:
@@ -107,10 +109,11 @@ def decoding_bytes(config: KalmaGroveConfig, length: int, bytes_per_value: int =
     """Bytes of the decoding cache for one sequence after ``length`` tokens."""
     values = 0
     for group in config.head_groups():
-        finished, remainder = divmod(length, group.stride)
-        ends = torch.arange(finished) * group.stride + group.stride - 1
-        kept = int(group.visible(torch.tensor([length]), ends).sum()) if group.window is not None else finished
-        open_tokens = remainder if group.stride > 1 else 0
+        reach = group.scales[0][1]
+        kept = length if reach is None else min(length, reach - 1)
+        for scale, _ in group.coarse:
+            kept += len(range(*group.remembered(scale, length).indices(length)))
+        open_tokens = min(length, group.scales[-1][0] - 1)
         values += 2 * group.width * (kept + open_tokens)
     if config.short_conv:
         values += 2 * (config.short_conv - 1) * config.attention_width

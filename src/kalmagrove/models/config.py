@@ -17,7 +17,7 @@ from kalmagrove.models.choices import (
     SharedSides,
     Sharing,
 )
-from kalmagrove.nn.arnold import Resolution
+from kalmagrove.nn.resolution import Resolution
 
 
 class KalmaGroveConfig(PretrainedConfig):
@@ -38,7 +38,8 @@ class KalmaGroveConfig(PretrainedConfig):
         rope_theta: Base of rotary positions.
         bias: Whether dense projections have a bias.
         attention: "full" or "arnold".
-        resolutions: Arnold's groups of heads: dictionaries with num_heads, head_dim, stride, window.
+        resolutions: Arnold's groups of heads: dictionaries with num_heads, head_dim and scales, a list of pairs
+            (stride, reach).
         projections: "dense" or "grove".
         grove_parts: The parts of a layer whose projections are Grove's, the others being dense: "all", "attention" or
             "feed_forward".
@@ -51,6 +52,8 @@ class KalmaGroveConfig(PretrainedConfig):
         core_block_size: Side of a block of a block-diagonal core.
         qk_norm: Normalise queries and keys a head.
         short_conv: Taps of the causal convolution on keys and values; 0 is none.
+        document_mask: Whether tokens see only their own document, the text after the last end-of-text token
+            (``eos_token_id``).
         value_residual: Mix the first layer's values into later layers.
         embedding_residual: Mix the token embedding into the input of every layer.
         embedding_rank: Inner size of a factorised embedding: a table (vocabulary, rank) that the input and a tied head
@@ -92,6 +95,7 @@ class KalmaGroveConfig(PretrainedConfig):
         core_block_size: int = 16,
         qk_norm: bool = False,
         short_conv: int = 0,
+        document_mask: bool = False,
         value_residual: bool = False,
         embedding_residual: bool = False,
         embedding_rank: int | None = None,
@@ -125,6 +129,7 @@ class KalmaGroveConfig(PretrainedConfig):
         self.core_block_size = core_block_size
         self.qk_norm = qk_norm
         self.short_conv = short_conv
+        self.document_mask = document_mask
         self.value_residual = value_residual
         self.embedding_residual = embedding_residual
         self.embedding_rank = embedding_rank
@@ -162,7 +167,7 @@ class KalmaGroveConfig(PretrainedConfig):
         if self.attention == "full" and self.resolutions is not None:
             raise ValueError("resolutions need attention = arnold; set attention: arnold or leave resolutions out")
         if self.attention == "arnold" and not self.resolutions:
-            raise ValueError("attention = arnold needs resolutions: a list with num_heads, head_dim, stride, window")
+            raise ValueError("attention = arnold needs resolutions: a list with num_heads, head_dim, scales")
         if self.rank is not None:
             width = min(self.hidden_size, *self._grove_inner_sizes())
             if not 1 <= self.rank <= width:

@@ -35,6 +35,7 @@ _PLAIN = {
     "value_residual": False,
     "embedding_residual": False,
     "embedding_rank": None,
+    "document_mask": False,
 }
 _FAMILY: dict[Stock, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "feed_forward": "gelu", "positions": "learned", "bias": True},

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
-from kalmagrove.nn.arnold import BlockPooling, DecodingCache, MultiResolutionAttention
+from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
+from kalmagrove.nn.decoding import DecodingCache, Placement, document_starts, placement
 from kalmagrove.nn.grove import Basis, GroveLinear, composed_weights
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
@@ -56,13 +57,13 @@ class DecoderLayer(nn.Module):
         x: Tensor,
         embedded: Tensor,
         first_values: Tensor | None,
+        where: Placement,
         state: dict[str, Tensor] | None,
-        offset: int,
     ) -> tuple[Tensor, Tensor]:
         """One layer over ``x`` (batch, sequence, hidden); returns the new ``x`` and this layer's values."""
         if self.embedding_residual:
             x = self.residual_mix[0] * x + self.residual_mix[1] * embedded
-        attended, values = self.self_attn(self.input_layernorm(x), first_values, state, offset)
+        attended, values = self.self_attn(self.input_layernorm(x), first_values, where, state)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), values
 
@@ -140,28 +141,42 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_rank is not None:
             x = self.embed_proj(x)
-        offset = 0 if cache is None else cache.length
-        length = x.shape[1]
-        if offset + length > self.config.max_position_embeddings:
-            raise ValueError(
-                f"the text is {offset + length} tokens long, the model's context is "
-                f"{self.config.max_position_embeddings}; shorten it or build the model with a larger "
-                "max_position_embeddings"
-            )
+        where = self._placement(x, input_ids, cache)
         if self.config.positions == "learned":
-            x = x + self.embed_positions(torch.arange(offset, offset + length, device=x.device))
+            x = x + self.embed_positions(where.positions.clamp(min=0))
         embedded, first_values = x, None
         states = [x]
         for index, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[index]
-            x, values = layer(x, embedded, first_values, state, offset)
+            x, values = layer(x, embedded, first_values, where, state)
             first_values = values if first_values is None else first_values
             states.append(x)
         if cache is not None:
-            cache.length += length
+            cache.length += x.shape[1]
         normed = self.norm(x)
         hidden_states = (*states[:-1], normed) if output_hidden_states else None
         return BaseModelOutput(last_hidden_state=normed, hidden_states=hidden_states)
+
+    def _placement(self, x: Tensor, input_ids: Tensor | None, cache: DecodingCache | None) -> Placement:
+        """Where the tokens of ``x`` (batch, sequence, hidden) stand, in their texts and in their documents."""
+        config, length = self.config, x.shape[1]
+        seen, padding = (0, None) if cache is None else (cache.length, cache.padding)
+        if seen + length > config.max_position_embeddings:
+            raise ValueError(
+                f"the text is {seen + length} tokens long, the model's context is {config.max_position_embeddings}; "
+                "shorten it or build the model with a larger max_position_embeddings"
+            )
+        where = placement(length, x.device, seen=seen, padding=padding)
+        if not config.document_mask:
+            return where
+        end = getattr(config, "eos_token_id", None)
+        if end is None or input_ids is None:
+            raise ValueError("document_mask needs eos_token_id in the configuration, and input_ids to look for it")
+        before = None if cache is None else cache.document_start
+        starts, following = document_starts(input_ids == end, where.positions, before)
+        if cache is not None:
+            cache.document_start = following
+        return placement(length, x.device, seen=seen, padding=padding, document_starts=starts)
 
 
 class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
@@ -226,7 +241,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (batch, sequence).
-            attention_mask: Only all ones: padding is not supported.
+            attention_mask: (batch, sequence), 0 for padding before or after a row's text. What is computed at padding
+                has no meaning. With a cache, padding before the texts, given with the first tokens.
             cache: What was seen before, from :meth:`new_cache`; it is brought up to date.
             past_key_values: The older name of ``cache``.
             inputs_embeds: What the embedding table would give for ``input_ids``, (batch, sequence, hidden), or with a
@@ -238,14 +254,22 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             return_dict: Whether to give named outputs, else a tuple.
 
         Raises:
-            ValueError: The mask has zeros, or the text is longer than the context.
+            ValueError: The mask has holes, or the text is longer than the context.
         """
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("padded batches are not supported: give sequences of equal length, without padding")
         cache = cache if cache is not None else past_key_values
+        padding = None
+        if attention_mask is not None and (cache is None or cache.length == 0) and not bool(attention_mask.all()):
+            padding = padding_before(attention_mask, with_cache=cache is not None)
+        if cache is not None:
+            cache.padding = padding if cache.length == 0 else cache.padding
+        elif padding is not None:
+            # Without a cache the texts are moved to the front: what follows them cannot be seen.
+            input_ids, inputs_embeds = (None if t is None else _moved(t, padding) for t in (input_ids, inputs_embeds))
         outputs = self.model(
             input_ids, cache=cache, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
         )
+        if cache is None and padding is not None:
+            outputs = _moved_back(outputs, padding)
         hidden = outputs.last_hidden_state
         logits = F.linear(self.before_head(hidden[:, -logits_to_keep:]), self.output_weight())
         loss = None
@@ -306,6 +330,41 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         if not layers:
             raise ValueError("adaptors need projections = grove; this model's projections are dense")
         return layers
+
+
+def padding_before(attention_mask: Tensor, *, with_cache: bool) -> Tensor:
+    """Padding tokens before each row's text, (batch,).
+
+    Args:
+        attention_mask: (batch, sequence), not all ones.
+        with_cache: Whether more tokens will follow, so that there must be no padding behind a text.
+
+    Raises:
+        ValueError: A row has no token, a hole, or padding on the wrong side.
+    """
+    mask = attention_mask.bool()
+    length = mask.shape[1]
+    first, count = mask.int().argmax(dim=1), mask.sum(dim=1)
+    last = length - mask.flip(1).int().argmax(dim=1)
+    if not bool(count.all()) or not bool((last - first == count).all()):
+        raise ValueError("attention_mask must be one run of ones in each row: padding before or after the text only")
+    if with_cache and not bool((last == length).all()):
+        raise ValueError("with a cache, padding must come before the texts: set padding_side = 'left'")
+    return first
+
+
+def _moved(tensor: Tensor, padding: Tensor) -> Tensor:
+    """Rows turned by their padding, so that their texts begin at 0; what came before follows behind."""
+    places = (torch.arange(tensor.shape[1], device=tensor.device) + padding[:, None]) % tensor.shape[1]
+    return tensor[torch.arange(len(tensor), device=tensor.device)[:, None], places]
+
+
+def _moved_back(outputs: BaseModelOutput, padding: Tensor) -> BaseModelOutput:
+    states = outputs.hidden_states
+    return BaseModelOutput(
+        last_hidden_state=_moved(outputs.last_hidden_state, -padding),
+        hidden_states=None if states is None else tuple(_moved(state, -padding) for state in states),
+    )
 
 
 def write_parameters(model: KalmaGroveForCausalLM) -> list[nn.Parameter]:

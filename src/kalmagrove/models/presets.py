@@ -53,8 +53,8 @@ SIZES = {
     "large": Size(1024, 24, 64, slim_width=952, vocab_size=50257, context_length=1024),
 }
 TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
-LOCAL_WINDOW = 64
-COARSE_STRIDE = 4
+LONGEST_REACH, COARSE_STRIDE = 256, 16
+"""kalmagrove sees half of its context, at most so many tokens, one by one; what lies before, in blocks of so many."""
 
 
 def preset_names() -> list[str]:
@@ -102,13 +102,14 @@ def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[s
         "hidden_size": width,
         "num_hidden_layers": size.num_hidden_layers,
     }
-    options |= _family_options(family, width, head_dim)
+    context_length = overrides.get("max_position_embeddings") or size.context_length
+    options |= _family_options(family, width, head_dim, context_length)
     if "resolutions" not in overrides and overrides.get("attention") == "full":
         options |= {"resolutions": None, "num_attention_heads": max(1, width // 2 // head_dim), "head_dim": head_dim}
     return options | overrides
 
 
-def _family_options(family: str, width: int, head_dim: int) -> dict[str, Any]:
+def _family_options(family: str, width: int, head_dim: int, context_length: int) -> dict[str, Any]:
     heads = max(1, width // head_dim)
     if family == "gpt2":
         return {
@@ -134,6 +135,7 @@ def _family_options(family: str, width: int, head_dim: int) -> dict[str, Any]:
             "intermediate_size": 2 * width,
         }
     half_heads = max(2, width // 2 // head_dim)
+    reach = min(LONGEST_REACH, max(COARSE_STRIDE, context_length // 2))
     return TRICKS | {
         "feed_forward": "relu2",
         "intermediate_size": 2 * width,
@@ -144,10 +146,7 @@ def _family_options(family: str, width: int, head_dim: int) -> dict[str, Any]:
         "attention": "arnold",
         "num_attention_heads": half_heads,
         "head_dim": head_dim,
-        "resolutions": [
-            {"num_heads": half_heads - half_heads // 2, "head_dim": head_dim, "stride": 1, "window": LOCAL_WINDOW},
-            {"num_heads": half_heads // 2, "head_dim": head_dim, "stride": COARSE_STRIDE, "window": None},
-        ],
+        "resolutions": [{"num_heads": half_heads, "head_dim": head_dim, "scales": [[1, reach], [COARSE_STRIDE, None]]}],
     }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kalmagrove.nn.resolution import Resolution, first_tokens
 from kalmagrove.precision import without_autocast
 
 LONGEST_KEPT = 4096
@@ -21,34 +22,62 @@ LONGEST_KEPT = 4096
 
 @dataclass(frozen=True)
 class Chunk:
-    """Queries ``start .. end - 1`` against keys ``0 .. keys - 1``.
+    """Queries ``start .. end - 1`` and the keys that they meet.
 
     Attributes:
         start: First query.
         end: One past the last query.
-        keys: Number of keys.
-        visible: Which of them each query sees, broadcast to (..., end - start, keys); at least one.
+        parts: The keys: ranges of the whole, in order.
+        visible: Which of them each query sees, broadcast to (..., end - start, keys of all parts); at least one.
     """
 
     start: int
     end: int
-    keys: int
+    parts: tuple[slice, ...]
     visible: Tensor
 
+    def gather(self, keys: Tensor) -> Tensor:
+        """The chunk's rows of (..., keys, channels)."""
+        found = [keys[..., part, :] for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-2)
 
-def causal_chunks(length: int, stride: int, size: int, device: torch.device) -> list[Chunk]:
-    """Chunks of ``size`` queries that see what is finished: every token up to their own, or at a stride every block.
+    def add_to(self, total: Tensor, rows: Tensor) -> None:
+        """Adds the chunk's rows to those of the whole, in place."""
+        sizes = [part.stop - part.start for part in self.parts]
+        for part, own in zip(self.parts, rows.split(sizes, dim=-2), strict=True):
+            total[..., part, :] += own
 
-    At a stride above 1 key 0 is the null key, which is always visible, and key j the j-th block.
+
+def causal_chunks(
+    resolution: Resolution, length: int, size: int, device: torch.device, starts: Tensor | None = None
+) -> list[Chunk]:
+    """Chunks of a whole text; the keys of all scales lie one behind the other, from fine to coarse.
+
+    Args:
+        resolution: What is seen.
+        length: Tokens.
+        size: Queries of a chunk.
+        device: Of the masks.
+        starts: First position that each query may see, (batch, sequence); None is 0.
     """
-    extra = 1 if stride > 1 else 0
+    strides = [stride for stride, _ in resolution.scales]
+    offsets = [sum(length // stride for stride in strides[:index]) for index in range(len(strides))]
     chunks = []
     for start in range(0, length, size):
         end = min(start + size, length)
-        finished = torch.arange(start + 1, end + 1, device=device) // stride + extra
-        keys = end // stride + extra
-        visible = torch.arange(keys, device=device) < finished[:, None]
-        chunks.append(Chunk(start, end, keys, visible))
+        queries = torch.arange(start, end, device=device)
+        parts, masks = [], []
+        for index, stride in enumerate(strides):
+            keys = resolution.seen_by(index, start, end)
+            if keys.start == keys.stop:
+                continue
+            firsts = first_tokens(keys, stride, device)
+            seen = resolution.visible(index, queries, firsts)
+            if starts is not None:
+                seen = seen & (firsts >= starts[:, None, start:end, None])
+            parts.append(slice(offsets[index] + keys.start, offsets[index] + keys.stop))
+            masks.append(seen)
+        chunks.append(Chunk(start, end, tuple(parts), torch.cat(masks, dim=-1) if len(masks) > 1 else masks[0]))
     return chunks
 
 
@@ -72,8 +101,7 @@ def attention_in_chunks(query: Tensor, key: Tensor, value: Tensor, chunks: list[
 
 
 def _weights(scaled: Tensor, key: Tensor, chunk: Chunk, batch: torch.Size) -> Tensor:
-    scores = torch.bmm(scaled[:, chunk.start : chunk.end], key[:, : chunk.keys].mT)
-    # The mask may differ along the last of the batch axes.
+    scores = torch.bmm(scaled[:, chunk.start : chunk.end], key.mT)
     scores.view(*batch, *scores.shape[1:]).masked_fill_(~chunk.visible, float("-inf"))
     return scores.softmax(dim=-1)
 
@@ -90,8 +118,8 @@ class _AttentionInChunks(torch.autograd.Function):
         output = torch.empty_like(scaled)
         kept = []
         for chunk in chunks:
-            weights = _weights(scaled, key, chunk, batch)
-            output[:, chunk.start : chunk.end] = torch.bmm(weights, value[:, : chunk.keys])
+            weights = _weights(scaled, chunk.gather(key), chunk, batch)
+            output[:, chunk.start : chunk.end] = torch.bmm(weights, chunk.gather(value))
             if keep:
                 kept.append(weights)
         ctx.save_for_backward(scaled, key, value, output, *kept)
@@ -108,13 +136,13 @@ class _AttentionInChunks(torch.autograd.Function):
         key_slope, value_slope = (torch.zeros_like(tensor, dtype=sum_type) for tensor in (key, value))
         carried = (slope * output).sum(-1, keepdim=True)
         for index, chunk in enumerate(ctx.chunks):
-            here, seen = slice(chunk.start, chunk.end), slice(0, chunk.keys)
-            weights = kept[index] if kept else _weights(scaled, key, chunk, ctx.batch)
+            here, keys = slice(chunk.start, chunk.end), chunk.gather(key)
+            weights = kept[index] if kept else _weights(scaled, keys, chunk, ctx.batch)
             upstream = slope[:, here]
-            value_slope[:, seen] += torch.bmm(weights.mT, upstream)
-            score_slope = torch.bmm(upstream, value[:, seen].mT).sub_(carried[:, here]).mul_(weights)
-            query_slope[:, here] = torch.bmm(score_slope, key[:, seen])
-            key_slope[:, seen] += torch.bmm(score_slope.mT, scaled[:, here])
+            chunk.add_to(value_slope, torch.bmm(weights.mT, upstream))
+            score_slope = torch.bmm(upstream, chunk.gather(value).mT).sub_(carried[:, here]).mul_(weights)
+            query_slope[:, here] = torch.bmm(score_slope, keys)
+            chunk.add_to(key_slope, torch.bmm(score_slope.mT, scaled[:, here]))
         query_slope.mul_(scaled.shape[-1] ** -0.5)
         slopes = query_slope, key_slope.to(key), value_slope.to(value)
         query_slope, key_slope, value_slope = (each.unflatten(0, ctx.batch) for each in slopes)

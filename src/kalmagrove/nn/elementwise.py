@@ -48,28 +48,32 @@ def squared_relu(x: Tensor) -> Tensor:
     return squared
 
 
-def depthwise_convolution(padded: Tensor, taps: Tensor) -> Tensor:
+def depthwise_convolution(padded: Tensor, taps: Tensor, visible: Tensor | None = None) -> Tensor:
     """Sums ``taps[k] * padded[:, t + k]`` over k.
 
     Args:
         padded: (batch, sequence + kernel_size - 1, channels).
         taps: (kernel_size, channels), the last for the present token.
+        visible: How many tokens back each token may look, (batch, sequence); None is all.
 
     Returns:
         (batch, sequence, channels).
     """
-    if not is_by_hand(padded):
-        return _convolve(padded, taps)
+    if not is_by_hand(padded) or visible is not None:
+        return _convolve(padded, taps, visible)
     convolved: Tensor = _DepthwiseConvolution.apply(padded, taps)
     return convolved
 
 
-def _convolve(padded: Tensor, taps: Tensor) -> Tensor:
+def _convolve(padded: Tensor, taps: Tensor, visible: Tensor | None = None) -> Tensor:
     reach = len(taps) - 1
     length = padded.shape[1] - reach
     result = padded[:, reach:] * taps[reach]
     for tap in range(reach):
-        result = torch.addcmul(result, padded[:, tap : tap + length], taps[tap])
+        earlier = padded[:, tap : tap + length]
+        if visible is not None:
+            earlier = torch.where(visible[..., None] >= reach - tap, earlier, 0)
+        result = torch.addcmul(result, earlier, taps[tap])
     return result
 
 

@@ -51,9 +51,11 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotates ``x`` (batch, heads, sequence, head_dim) to ``positions`` (sequence,)."""
+        """Rotates ``x`` (batch, heads, sequence, head_dim) to ``positions`` (sequence,) or (batch, sequence)."""
         planes = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device)
-        angles = positions.to(torch.float32)[:, None] * (1.0 / self.theta ** (planes / self.head_dim))[None, :]
+        angles = positions.to(torch.float32)[..., None] * (1.0 / self.theta ** (planes / self.head_dim))
+        if angles.ndim == 3:
+            angles = angles[:, None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -79,12 +81,13 @@ class ShortConvolution(nn.Module):
         self.weight.zero_()
         self.weight[:, 0, -1] = 1.0
 
-    def forward(self, x: Tensor, history: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, history: Tensor | None = None, visible: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Convolves ``x`` (batch, sequence, channels).
 
         Args:
             x: New values.
             history: The last ``kernel_size - 1`` values before ``x``, or None at the start of a text.
+            visible: How many tokens back each token may look, (batch, sequence); None is all.
 
         Returns:
             The convolved values, shape of ``x``, and the history for the next call.
@@ -92,7 +95,7 @@ class ShortConvolution(nn.Module):
         reach = self.kernel_size - 1
         padded = F.pad(x, (0, 0, reach, 0)) if history is None else torch.cat((history, x), dim=1)
         taps = self.weight.squeeze(1).T.to(x.dtype).contiguous()
-        return depthwise_convolution(padded, taps), padded[:, x.shape[1] :]
+        return depthwise_convolution(padded, taps, visible), padded[:, x.shape[1] :]
 
 
 class FeedForward(nn.Module):

@@ -65,9 +65,12 @@ def _rounded_slope(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
     """
     slope = logits.softmax(dim=-1)
     peak, chance = logits.amax(dim=-1).float(), slope.amax(dim=-1).float()
-    others = slope.scatter_(1, goal, 0).sum(dim=-1, keepdim=True)
-    slope.scatter_(1, goal, -others)
-    rest = others[:, 0].float()
+    # On a CPU scatter_ would copy the whole slice twice.
+    at_goal = torch.arange(len(goal), device=goal.device), goal[:, 0]
+    slope[at_goal] = 0
+    others = slope.sum(dim=-1)
+    slope[at_goal] = -others
+    rest = others.float()
     far = peak - chance.log() - logits.gather(1, goal)[:, 0].float()
     return slope, torch.where(rest < 0.5, -torch.log1p(-rest), far).sum()
 

@@ -63,7 +63,7 @@ class ModelConfig:
         feed_forward: Non-linearity and number of matrices of the feed-forward.
         positions: Rotary or learned.
         attention: Full, or Arnold's several resolutions.
-        resolutions: Arnold's groups of heads: a list of num_heads, head_dim, stride, window.
+        resolutions: Arnold's groups of heads: a list of num_heads, head_dim and scales, pairs (stride, reach).
         projections: Dense, or Grove's shared bases.
         grove_parts: The parts of a layer whose projections are Grove's; the others are dense.
         rank: Grove's inner size; left out is full rank.
@@ -74,6 +74,7 @@ class ModelConfig:
         core_block_size: Side of a block of a block-diagonal core.
         qk_norm: Normalise queries and keys.
         short_conv: Taps of the causal convolution on keys and values; 0 is none.
+        document_mask: Whether tokens see only their own document.
         value_residual: Mix the first layer's values into later layers.
         embedding_residual: Mix the token embedding into every layer's input.
         embedding_rank: Inner size of a factorised embedding; left out is one full table.
@@ -101,6 +102,7 @@ class ModelConfig:
     core_block_size: int | None = None
     qk_norm: bool | None = None
     short_conv: int | None = None
+    document_mask: bool | None = None
     value_residual: bool | None = None
     embedding_residual: bool | None = None
     embedding_rank: int | None = None
