@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.precision import autocast, synchronize
+from kalmagrove.training.environment import keep_freed_memory
 
 WARMUP_ROUNDS = 3
 
@@ -87,6 +88,7 @@ def take_turns(
     contestants: Mapping[str, Contestant], rounds: int, batch_of: Callable[[int], Tensor]
 ) -> dict[str, Times]:
     """Times of all contestants, A, B, C, A, B, C, ..., after a few rounds that do not count."""
+    keep_freed_memory()
     times = {name: Times([], []) for name in contestants}
     for step in range(WARMUP_ROUNDS + rounds):
         tokens = batch_of(step)

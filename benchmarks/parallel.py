@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from kalmagrove.files import write_json_atomic
+from kalmagrove.training.environment import keep_freed_memory
 
 Job = TypeVar("Job")
 Record = TypeVar("Record")
@@ -39,6 +40,7 @@ def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The record in a file: read where it exists, else made on one thread and written."""
     if not path.exists():
         torch.set_num_threads(1)
+        keep_freed_memory()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, make())
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))

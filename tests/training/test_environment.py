@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -107,3 +108,39 @@ def test_the_peak_of_a_gpu_is_what_was_allocated_since_the_reset() -> None:
     del block
     reset_peak_memory("cuda")
     assert peak_memory_bytes("cuda") < base + 64 * MEBIBYTE
+
+
+RESIDENT_AFTER_A_LARGE_TENSOR = """
+import gc, re, sys, torch
+from kalmagrove.training.environment import keep_freed_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+torch.ones(1)
+before = resident()
+tensor = torch.ones(1 << 25)
+del tensor
+gc.collect()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_kept_where_it_is_asked_for() -> None:
+    mebibytes = {
+        mode: int(
+            subprocess.run(
+                [sys.executable, "-c", RESIDENT_AFTER_A_LARGE_TENSOR, mode], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for mode in ("keep", "give back")
+    }
+    assert mebibytes["keep"] > 100 > 60 > mebibytes["give back"]
+
+
+def test_other_systems_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert environment.keep_freed_memory() is False

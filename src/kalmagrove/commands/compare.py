@@ -40,7 +40,9 @@ def run(words: Sequence[str]) -> None:
     options = build(parser, parse(parser, words, SHORT))
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
     from kalmagrove.comparison.compare import compare
+    from kalmagrove.training.environment import keep_freed_memory
 
+    keep_freed_memory()
     folder = Path(options.out)
     command = "kalmagrove compare " + shlex.join(words)
     results = compare(config, open_data(config.data), folder, command=command, say=say)

@@ -37,8 +37,10 @@ def run(words: Sequence[str]) -> None:
     parser = make_train_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = TrainConfig(data=options.data, model=options.model, optim=options.optim, loop=options.loop)
+    from kalmagrove.training.environment import keep_freed_memory
     from kalmagrove.training.trainer import train
 
+    keep_freed_memory()
     result = train(config, open_data(config.data), Path(options.out), say=say)
     if options.json:
         print(json.dumps(result, indent=2))
