@@ -50,8 +50,7 @@ def keep_freed_memory() -> bool:
     """Lets the C library keep the memory of tensors that are gone, for the next ones of their size.
 
     A training step on a CPU makes and drops the same tensors again and again; giving each back to the system and
-    asking for it anew takes 8-14 % of a step of a small model, and up to half of it where two processes train side by side
-    (docs/results/speed.md). For the whole process; on Linux with glibc, elsewhere nothing happens.
+    asking for it anew costs time ("Memory that is kept" in docs/results/speed.md). For the whole process; on Linux with glibc, elsewhere nothing happens.
 
     Returns:
         Whether the library took the settings.
@@ -63,7 +62,8 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     settings = ((_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, _GROWTH_BYTES), (_MMAP_MAX, 0))
-    return all([bool(mallopt(name, value)) for name, value in settings])
+    taken = [bool(mallopt(name, value)) for name, value in settings]
+    return all(taken)
 
 
 def peak_memory_bytes(device: "torch.device | str") -> int:
