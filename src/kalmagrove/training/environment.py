@@ -50,7 +50,8 @@ def keep_freed_memory() -> bool:
     """Lets the C library keep the memory of tensors that are gone, for the next ones of their size.
 
     A training step on a CPU makes and drops the same tensors again and again; giving each back to the system and
-    asking for it anew costs time ("Memory that is kept" in docs/results/speed.md). For the whole process; on Linux with glibc, elsewhere nothing happens.
+    asking for it anew costs time ("Memory that is kept" in docs/results/speed.md). For the whole process; on Linux with
+    glibc, elsewhere nothing happens.
 
     Returns:
         Whether the library took the settings.
