@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kalmagrove.nn import elementwise
-from kalmagrove.nn.elementwise import depthwise_convolution, rms_norm, squared_relu
+from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, squared_relu, weighted_sum
+from kalmagrove.nn.layers import FeedForward
 
 
 def draw(*shape: int) -> Tensor:
@@ -46,7 +47,58 @@ def test_rms_norm_gives_autocasts_type_and_its_gradients_the_inputs() -> None:
 
 def test_squared_relu() -> None:
     x = draw(5, 9)
-    assert_equal_with_gradients(squared_relu(x), torch.relu(x).square(), [x])
+    squared, again = squared_relu(x)
+    assert torch.equal(again(), squared)
+    assert_equal_with_gradients(squared, torch.relu(x).square(), [x])
+
+
+@pytest.mark.parametrize("first", [1.0, -0.3, 0.01])
+def test_weighted_sum(first: float) -> None:
+    x, y = draw(3, 4, 5), draw(3, 4, 5)
+    weights = torch.tensor([first, 0.7], dtype=torch.float64, requires_grad=True)
+    assert_equal_with_gradients(weighted_sum(x, y, weights), weights[0] * x + weights[1] * y, [x, y, weights])
+
+
+def test_a_weighted_sum_with_a_weight_of_zero_has_finite_gradients() -> None:
+    x, y = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    weights = torch.tensor([0.0, 1.0], requires_grad=True)
+    weighted_sum(x, y, weights).sum().backward()
+    assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, y, weights))
+
+
+def test_a_product_makes_its_input_again_instead_of_keeping_it() -> None:
+    x, weight = draw(6, 5), draw(4, 5)
+    kept = []
+    outcomes = []
+    for keeps in (True, False):
+        squared, again = squared_relu(x)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+            if keeps:
+                product = squared @ weight.T
+                assert len(kept) == 2
+            else:
+                with made_again(squared, again):
+                    product = squared @ weight.T
+                assert len(kept) == 2
+        outcomes.append([product, *torch.autograd.grad(product.sin().sum(), [x, weight])])
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "relu2"])
+def test_a_feed_forward_keeps_no_hidden_units_and_has_the_same_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    layer = FeedForward(6, 10, kind, lambda _, n_in, n_out: nn.Linear(n_in, n_out, bias=False)).double()  # type: ignore[arg-type]
+    x = draw(2, 7, 6)
+    outcomes = []
+    for by_hand in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not by_hand:
+                patch.setattr(elementwise, "is_by_hand", lambda _: False)
+            y = layer(x)
+            outcomes.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])])
+    for ours, theirs in zip(*outcomes, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kernel_size", [2, 4])
@@ -59,7 +111,7 @@ def test_depthwise_convolution(kernel_size: int) -> None:
 
 def test_second_derivatives_are_refused_and_transforms_take_the_plain_form() -> None:
     x = draw(3, 8)
-    for function in (squared_relu, lambda y: rms_norm(y, None, 1e-5)):
+    for function in (lambda y: squared_relu(y)[0], lambda y: rms_norm(y, None, 1e-5)):
         (gradient,) = torch.autograd.grad(function(x).pow(2).sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             gradient.sum().backward()

@@ -18,6 +18,7 @@ from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
 from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
 from kalmagrove.nn.decoding import DecodingCache, Placement, document_starts, placement
+from kalmagrove.nn.elementwise import weighted_sum
 from kalmagrove.nn.grove import Basis, GroveLinear, composed_weights
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
@@ -62,7 +63,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """One layer over ``x`` (batch, sequence, hidden); returns the new ``x`` and this layer's values."""
         if self.embedding_residual:
-            x = self.residual_mix[0] * x + self.residual_mix[1] * embedded
+            x = weighted_sum(x, embedded, self.residual_mix)
         attended, values = self.self_attn(self.input_layernorm(x), first_values, where, state)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), values

@@ -6,6 +6,8 @@ compilers fuse it. Only first derivatives: a second one is refused by torch with
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kalmagrove.precision import autocast_type, without_autocast
+
+SMALLEST_WEIGHT = 1e-6
+"""Below it a weighted sum does not tell what its first part was."""
 
 
 def is_by_hand(x: Tensor) -> bool:
@@ -40,12 +45,50 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return normed
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """``max(x, 0)^2`` (Primer, arXiv:2109.08668)."""
+def squared_relu(x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+    """``max(x, 0)^2`` (Primer, arXiv:2109.08668), and a function that makes it again from what the backward keeps."""
     if not is_by_hand(x):
-        return F.relu(x).square()
-    squared: Tensor = _SquaredReLU.apply(x)
-    return squared
+        positive = F.relu(x)
+        return positive.square(), positive.square
+    squared, positive = _SquaredReLU.apply(x)
+    return squared, lambda: positive * positive
+
+
+def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """``weights[0] * x + weights[1] * y``; the backward keeps ``y`` and the sum, which others keep too, and not ``x``.
+
+    Args:
+        x: Any shape.
+        y: The same.
+        weights: (2,); the gradient of the first is exact to rounding divided by the weight.
+    """
+    if not is_by_hand(x) or x.dtype.itemsize < 4:
+        return weights[0] * x + weights[1] * y
+    summed: Tensor = _WeightedSum.apply(x, y, weights)
+    return summed
+
+
+@contextmanager
+def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
+    """Products in this context that would keep ``tensor`` for their backward call ``make`` there instead.
+
+    For a tensor that is one pass over others that are kept anyway. On a CPU, where memory is dear and a pass is cheap.
+    """
+    if not is_by_hand(tensor) or not torch.is_grad_enabled():
+        yield
+        return
+    storage = tensor.untyped_storage()._cdata
+
+    def pack(saved: Tensor) -> Tensor | torch.Size:
+        is_it = saved.untyped_storage()._cdata == storage and saved.numel() == tensor_size
+        return saved.shape if is_it else saved
+
+    def unpack(packed: Tensor | torch.Size) -> Tensor:
+        return packed if isinstance(packed, Tensor) else make().view(packed)
+
+    tensor_size = tensor.numel()
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        yield
 
 
 def depthwise_convolution(padded: Tensor, taps: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -101,16 +144,40 @@ class _RMSNorm(torch.autograd.Function):
 
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         positive = F.relu(x)
         ctx.save_for_backward(positive)
-        return positive * positive
+        ctx.mark_non_differentiable(positive)
+        return positive * positive, positive
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (slope * positive).mul_(2)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+        summed = (x * weights[0]).addcmul_(y, weights[1])
+        ctx.save_for_backward(summed, y, weights)
+        return summed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        summed, y, weights = ctx.saved_tensors
+        first, second = weights.unbind()
+        # The sum tells what x was: its gradient's part of the first weight needs no copy of it.
+        with_sum, with_y = _inner(slope, summed), _inner(slope, y)
+        divisor = torch.where(first.abs() < SMALLEST_WEIGHT, SMALLEST_WEIGHT, first)
+        weights_slope = torch.stack(((with_sum - second * with_y) / divisor, with_y))
+        return slope * first, slope * second, weights_slope
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 class _DepthwiseConvolution(torch.autograd.Function):

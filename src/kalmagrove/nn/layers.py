@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmagrove.nn.elementwise import depthwise_convolution, rms_norm, squared_relu
+from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, squared_relu
 
 MakeProjection = Callable[[str, int, int], nn.Module]
 """Builds the projection of a name, e.g. ``("q_proj", in_features, out_features)``."""
@@ -120,11 +120,17 @@ class FeedForward(nn.Module):
         self.down_proj = make_projection("down_proj", intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up_proj(x)
+        hidden, again = self._activated(x)
+        with made_again(hidden, again):
+            result: Tensor = self.down_proj(hidden)
+        return result
+
+    def _activated(self, x: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
+        """The hidden units, and how to make them again from what is kept for the backward."""
+        up = self.up_proj(x)
         if self.kind == "swiglu":
-            hidden = F.silu(self.gate_proj(x)) * hidden
-        elif self.kind == "gelu":
-            hidden = F.gelu(hidden, approximate="tanh")
-        else:
-            hidden = squared_relu(hidden)
-        return self.down_proj(hidden)
+            gate = F.silu(self.gate_proj(x))
+            return gate * up, lambda: gate.detach() * up.detach()
+        if self.kind == "gelu":
+            return F.gelu(up, approximate="tanh"), lambda: F.gelu(up.detach(), approximate="tanh")
+        return squared_relu(up)
