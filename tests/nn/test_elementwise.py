@@ -5,7 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.nn import elementwise
-from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, squared_relu, weighted_sum
+from kalmagrove.nn.elementwise import (
+    depthwise_convolution,
+    made_again,
+    rms_norm,
+    rotate_halves,
+    squared_relu,
+    weighted_sum,
+)
 from kalmagrove.nn.layers import FeedForward
 
 
@@ -99,6 +106,16 @@ def test_a_feed_forward_keeps_no_hidden_units_and_has_the_same_gradients(kind: s
             outcomes.append([y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])])
     for ours, theirs in zip(*outcomes, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_rotate_halves(transposed: bool) -> None:
+    x = draw(2, 3, 5, 8)
+    x = x.detach().transpose(1, 2).requires_grad_() if transposed else x
+    angles = torch.randn(x.shape[2], 4, dtype=torch.float64)
+    complex_numbers = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+    plain = torch.cat((complex_numbers.real, complex_numbers.imag), dim=-1)
+    assert_equal_with_gradients(rotate_halves(x, angles.cos(), angles.sin()), plain, [x])
 
 
 @pytest.mark.parametrize("kernel_size", [2, 4])

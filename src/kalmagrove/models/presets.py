@@ -54,7 +54,7 @@ SIZES = {
 }
 TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
 LONGEST_REACH, COARSE_STRIDE = 256, 16
-"""kalmagrove sees half of its context, at most so many tokens, one by one; what lies before, in blocks of so many."""
+"""kalmagrove sees a quarter of its context, at most so many tokens, one by one, and before them blocks of so many."""
 
 
 def preset_names() -> list[str]:
@@ -135,7 +135,7 @@ def _family_options(family: str, width: int, head_dim: int, context_length: int)
             "intermediate_size": 2 * width,
         }
     half_heads = max(2, width // 2 // head_dim)
-    reach = min(LONGEST_REACH, max(COARSE_STRIDE, context_length // 2))
+    reach = min(LONGEST_REACH, max(COARSE_STRIDE, context_length // 4))
     return TRICKS | {
         "feed_forward": "relu2",
         "intermediate_size": 2 * width,

@@ -15,7 +15,7 @@ from kalmagrove.nn.resolution import Resolution
 
 LONGEST_PLAIN = 1024
 """Tokens up to which full attention on a CPU is faster by plain products than by torch's fused kernel."""
-CHUNK_ON_CPU, CHUNK_ELSEWHERE = 64, 1024
+CHUNK_ON_CPU, CHUNK_ELSEWHERE = 128, 1024
 """Queries that meet their keys at a time."""
 
 

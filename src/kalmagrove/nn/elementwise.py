@@ -91,6 +91,21 @@ def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
         yield
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the planes that channels i and i + channels / 2 make.
+
+    Args:
+        x: (..., channels).
+        cos: Of the angles, broadcast to (..., channels / 2).
+        sin: Likewise.
+    """
+    if not is_by_hand(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned: Tensor = _Rotation.apply(x, cos, sin)
+    return turned
+
+
 def depthwise_convolution(padded: Tensor, taps: Tensor, visible: Tensor | None = None) -> Tensor:
     """Sums ``taps[k] * padded[:, t + k]`` over k.
 
@@ -155,6 +170,29 @@ class _SquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (slope * positive).mul_(2)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, forwards=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
+        return _turned(slope, *ctx.saved_tensors, forwards=False), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, forwards: bool) -> Tensor:
+    turned = torch.empty_like(x)
+    sign = 1 if forwards else -1
+    (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left)
+    torch.mul(second, cos, out=right)
+    left.addcmul_(second, sin, value=-sign)
+    right.addcmul_(first, sin, value=sign)
+    return turned
 
 
 class _WeightedSum(torch.autograd.Function):

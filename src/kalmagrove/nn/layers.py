@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, squared_relu
+from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, rotate_halves, squared_relu
 
 MakeProjection = Callable[[str, int, int], nn.Module]
 """Builds the projection of a name, e.g. ``("q_proj", in_features, out_features)``."""
@@ -56,9 +56,7 @@ class RotaryEmbedding(nn.Module):
         angles = positions.to(torch.float32)[..., None] * (1.0 / self.theta ** (planes / self.head_dim))
         if angles.ndim == 3:
             angles = angles[:, None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return rotate_halves(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 class ShortConvolution(nn.Module):

@@ -1,0 +1,110 @@
+"""Puts the tables of the architecture search into its page, from the files of the runs.
+
+    python benchmarks/architecture_page.py
+
+Records of new runs are added to docs/results/architecture.json, which the page can be built from without the runs. In
+the page a table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is optimiser, tokens, batch size and
+context length as in the folder of the runs, e.g. kalma-1m-8-256, and after a colon the design that ratios refer to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.report.statistics import mean_interval, ratio_interval
+
+KEPT = ("design", "optimizer", "lr_scale", "seed", "loop", "parameters", "body_parameters", "macs_per_token")
+MARK = re.compile(r"(<!-- table (?P<name>[\w.-]+):(?P<reference>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Record = dict[str, Any]
+
+
+def group_of(record: Record) -> str:
+    """Optimiser, tokens, batch size and context length."""
+    return "-".join([record["optimizer"], *(str(value) for _, value in record["loop"])])
+
+
+def read_runs(folder: Path) -> list[Record]:
+    """The records below a folder, without their machines; scores are rounded."""
+    records = []
+    for path in sorted(folder.rglob("*.json")):
+        record = json.loads(path.read_text("utf-8"))
+        if "design" in record:
+            scores = {name: round(record[name], 5) for name in ("valid", "test") if record[name] is not None}
+            records.append({name: record[name] for name in KEPT} | scores)
+    return records
+
+
+def merged(old: list[Record], new: list[Record]) -> list[Record]:
+    """Both, the new ones in the place of old ones of the same job."""
+    jobs = {(group_of(r), r["design"], r["lr_scale"], r["seed"]): r for r in [*old, *new]}
+    return [jobs[key] for key in sorted(jobs)]
+
+
+def best_rate(records: list[Record]) -> list[Record]:
+    """The records of the rate that was best on the validation split with the first seed that all rates have."""
+    by_rate: dict[float, list[Record]] = {}
+    for record in records:
+        by_rate.setdefault(record["lr_scale"], []).append(record)
+    return min(by_rate.values(), key=lambda own: min(own, key=lambda r: r["seed"]).get("valid", math.inf))
+
+
+def table(records: list[Record], reference: str) -> str:
+    """Markdown: a row a design, the lowest loss first; ratios of perplexities are paired by seed."""
+    designs = {name: best_rate([r for r in records if r["design"] == name]) for name in {r["design"] for r in records}}
+    losses = {name: {r["seed"]: r["valid"] for r in own if "valid" in r} for name, own in designs.items()}
+    base = {seed: math.exp(loss) for seed, loss in losses.get(reference, {}).items()}
+    lines = [
+        f"| design | parameters | MACs a token | seeds | valid loss (95 %) | perplexity against {reference} (95 %) |",
+        "| :-- | --: | --: | --: | --: | --: |",
+    ]
+    for name, own in sorted(losses.items(), key=lambda item: mean_interval(list(item[1].values())).mean):
+        first = designs[name][0]
+        mean = mean_interval(list(own.values()))
+        lines.append(
+            f"| {name} | {first['parameters'] / 1e6:.3f} M | {first['macs_per_token'] / 1e6:.2f} M | {len(own)} | "
+            f"{mean.mean:.3f}{_bounds(mean.bounds)} | {_ratio({s: math.exp(x) for s, x in own.items()}, base)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _ratio(own: dict[int, float], base: dict[int, float]) -> str:
+    seeds = own.keys() & base.keys()
+    if own == base or not seeds:
+        return "1" if own == base else ""
+    ratio = ratio_interval({seed: own[seed] for seed in seeds}, {seed: base[seed] for seed in seeds})
+    return f"{ratio.mean:.3f}x{_bounds(ratio.bounds)}"
+
+
+def _bounds(bounds: tuple[float, float] | None) -> str:
+    return "" if bounds is None else f" ({bounds[0]:.3f}-{bounds[1]:.3f})"
+
+
+def main() -> None:
+    """Collects the records and fills the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/architecture"))
+    parser.add_argument("--records", type=Path, default=Path("docs/results/architecture.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/results/architecture.md"))
+    options = parser.parse_args()
+    old = json.loads(options.records.read_text("utf-8")) if options.records.exists() else []
+    records = merged(old, read_runs(options.runs))
+    write_json_atomic(options.records, records)
+
+    def fill(match: re.Match[str]) -> str:
+        found = [record for record in records if group_of(record) == match["name"]]
+        if not found:
+            raise SystemExit(f"{options.page} has a table {match['name']}, but there are no such runs")
+        return match[1] + table(found, match["reference"]) + match[4]
+
+    write_text_atomic(options.page, MARK.sub(fill, options.page.read_text("utf-8")))
+
+
+if __name__ == "__main__":
+    main()
