@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.nn import flex
-from kalmagrove.nn.chunked import Chunk, attention_in_chunks, causal_chunks
+from kalmagrove.nn.chunked import Chunk, attention_in_chunks, causal_chunks, hidden_bias
 from kalmagrove.nn.elementwise import is_by_hand
 from kalmagrove.nn.resolution import Resolution
 
@@ -24,8 +24,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor)
     if is_by_hand(query):
         whole = Chunk(0, query.shape[-2], (slice(0, key.shape[-2]),), visible)
         return attention_in_chunks(query, key, value, [whole])
-    bias = torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill_(~visible, float("-inf"))
-    return F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), attn_mask=bias)
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden_bias(visible, query.dtype))
 
 
 def attend(
