@@ -149,12 +149,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
-        weighted = slope.to(scale.dtype) if weight is None else slope * weight.to(scale.dtype)
-        along = (weighted * x).sum(-1, keepdim=True).mul_(scale.pow(3)).div_(x.shape[-1])
-        weight_slope = None
-        if weight is not None:
-            weight_slope = (x * scale).mul_(slope).reshape(-1, x.shape[-1]).sum(0).to(weight)
-        return (weighted * scale).addcmul_(x, along, value=-1).to(x), weight_slope, None, None
+        wide = slope.to(scale.dtype, copy=True)
+        products = wide * x
+        if weight is None:
+            along, weight_slope = products.sum(-1, keepdim=True), None
+        else:
+            # Both sums over the products are matrix-vector products: one reading each.
+            gain, rows = weight.to(scale.dtype), products.reshape(-1, x.shape[-1])
+            along = torch.mv(rows, gain).view_as(scale)
+            weight_slope = torch.mv(rows.T, scale.reshape(-1)).to(weight)
+            wide.mul_(gain)
+        along.mul_(scale.pow(3)).div_(x.shape[-1])
+        return wide.mul_(scale).addcmul_(x, along, value=-1).to(x), weight_slope, None, None
 
 
 class _SquaredReLU(torch.autograd.Function):
