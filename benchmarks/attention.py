@@ -1,11 +1,12 @@
-"""Attention alone: seconds of forward and backward and the memory they take, by length of the text.
+"""Attention alone: seconds of forward and backward, and of decoding, by length of the text.
 
     python benchmarks/attention.py                                    256 to 16,384 tokens
     python benchmarks/attention.py --device cuda --lengths 1024 8192 --compile
 
 Each row is an equal number of heads over one text: causal by torch's fused kernel, a sliding window, a window and
 pooled blocks before it, which is what the preset kalmagrove does, and the package's own full attention. Contestants
-take turns; a ratio is the median over the rounds of that to the fused kernel.
+take turns; a ratio is the median over the rounds of that to the fused kernel. Then a whole layer decodes one token
+after so many others; the last column is its cache.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kalmagrove.files import write_json_atomic
-from kalmagrove.nn.arnold import BlockPooling
+from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
 from kalmagrove.nn.attend import attend
+from kalmagrove.nn.decoding import placement
 from kalmagrove.nn.resolution import Resolution
 from kalmagrove.precision import choose_device, synchronize
 from kalmagrove.training.environment import describe_environment
@@ -96,6 +98,50 @@ def compare_at(length: int, options: argparse.Namespace) -> dict[str, dict[str, 
     }
 
 
+def decode_at(length: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of a layer for one token after ``length`` others, ratio to full attention, and cache bytes."""
+    device = choose_device(options.device)
+    width = options.heads * options.head_dim
+    reach, stride = options.reach, options.stride
+    patterns: dict[str, list[tuple[int, int | None]]] = {
+        "full": [(1, None)],
+        f"window {reach}": [(1, reach)],
+        f"window {reach}, then blocks of {stride}": [(1, reach), (stride, None)],
+    }
+    rows: dict[str, dict[str, float]] = {}
+    for name, scales in patterns.items():
+        resolution = Resolution(options.heads, options.head_dim, scales)
+        layer = MultiResolutionAttention(width, [resolution], lambda _, a, b: nn.Linear(a, b, bias=False))
+        layer = layer.to(device, torch.bfloat16)
+        state: dict[str, Tensor] = {}
+        seconds = []
+        with torch.inference_mode():
+            prompt = torch.randn(1, length, width, device=device, dtype=torch.bfloat16)
+            layer(prompt, where=placement(length, device), state=state)
+            size = sum(tensor.nbytes for tensor in state.values())
+            for step in range(options.warmup + 4 * options.rounds):
+                token = torch.randn(1, 1, width, device=device, dtype=torch.bfloat16)
+                synchronize(device)
+                started = time.perf_counter()
+                layer(token, where=placement(1, device, seen=length + step), state=state)
+                synchronize(device)
+                seconds.append(time.perf_counter() - started)
+        middle = statistics.median(seconds[options.warmup :])
+        rows[name] = {
+            "seconds": middle,
+            "ratio": middle / rows.get("full", {"seconds": middle})["seconds"],
+            "bytes": size,
+        }
+    return rows
+
+
+def show(length: int, rows: dict[str, dict[str, float]]) -> None:
+    """Prints the rows of one length."""
+    for name, row in rows.items():
+        memory = f"{row['bytes'] / 2**20:>9.2f}" if row["bytes"] else ""
+        print(f"{length:>7}  {name:<34}{row['seconds'] * 1e3:>9.2f}{row['ratio']:>7.2f}x{memory}", flush=True)
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,7 +149,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch, at least one text")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--reach", type=int, default=128, help="tokens that are seen one by one")
+    parser.add_argument("--reach", type=int, default=256, help="tokens that are seen one by one")
     parser.add_argument("--stride", type=int, default=16, help="tokens of a block before them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
@@ -111,16 +157,16 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    rows = {}
-    print(f"{'tokens':>7}  {'attention':<28}{'ms':>9}{'ratio':>8}{'MiB':>8}")
-    for length in options.lengths:
-        rows[str(length)] = compare_at(length, options)
-        for name, row in rows[str(length)].items():
-            memory = f"{row['bytes'] / 2**20:>8.0f}" if row["bytes"] else ""
-            print(f"{length:>7}  {name:<28}{row['seconds'] * 1e3:>9.2f}{row['ratio']:>7.2f}x{memory}", flush=True)
+    rows: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+    for part, measured in (("forward and backward", compare_at), ("decoding of one token", decode_at)):
+        print(f"{'tokens':>7}  {part:<34}{'ms':>9}{'ratio':>8}{'MiB':>9}")
+        rows[part] = {}
+        for length in options.lengths:
+            rows[part][str(length)] = measured(length, options)
+            show(length, rows[part][str(length)])
     if options.out is not None:
         described = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
-        write_json_atomic(options.out, {"options": described, "environment": describe_environment(), "lengths": rows})
+        write_json_atomic(options.out, {"options": described, "environment": describe_environment(), "rows": rows})
 
 
 if __name__ == "__main__":
