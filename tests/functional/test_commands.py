@@ -316,6 +316,20 @@ def test_import_and_help_load_neither_torch_nor_transformers() -> None:
     assert out.splitlines()[-1] == "[]"
 
 
+def test_documents_are_told_apart_in_training_and_decoding(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(text_file), "--tokens", "2k", "--model.document_mask", "true", "--out", str(tmp_path / "run")]
+    code, _, error = answer(capsys, "train", *words, *SMALL)
+    assert code == 0, error
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["document_mask"] is True and config["eos_token_id"] is not None
+    code, out, error = answer(capsys, "generate", str(tmp_path / "run"), "The river", "--max_new_tokens", "5")
+    assert code == 0 and out.startswith("The river"), error
+    code, out, error = answer(capsys, "info", "--model.document_mask", "true", "--json")
+    assert code == 0 and json.loads(out)["parameters"]["total"] > 0, error
+
+
 def test_export_writes_a_dense_folder_that_gives_the_same_text(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

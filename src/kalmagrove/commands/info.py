@@ -73,7 +73,9 @@ def describe(options: Any) -> dict[str, Any]:
     else:
         sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
         given = {key: value for key, value in sizes.items() if value is not None}
-        config, name = model_config(options.model.preset, given | options.model.overrides()), options.model.preset
+        # Any token may end documents here: it is counted, not run.
+        config = model_config(options.model.preset, given | options.model.overrides(), eos_token_id=0)
+        name = options.model.preset
     length = config.max_position_embeddings
     parameters = count_parameters(build_empty(config))
     memory = training_memory(
