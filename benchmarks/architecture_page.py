@@ -3,8 +3,9 @@
     python benchmarks/architecture_page.py
 
 Records of new runs are added to docs/results/architecture.json, which the page can be built from without the runs. In
-the page a table stands between ``<!-- table NAME -->`` and ``<!-- end -->``; NAME is optimiser, tokens, batch size and
-context length as in the folder of the runs, e.g. kalma-1m-8-256, and after a colon the design that ratios refer to.
+the page a table stands between ``<!-- table GROUP:REFERENCE DESIGN ... -->`` and ``<!-- end -->``. GROUP is a folder of
+the runs: eight digits of the data's fingerprint, a slash, and optimiser, tokens, batch size and context length, e.g.
+96cb7ba5/kalma-1m-8-256. Ratios refer to the design REFERENCE; the designs after it are the rows, else all are.
 """
 
 from __future__ import annotations
@@ -19,15 +20,27 @@ from typing import Any
 from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.report.statistics import mean_interval, ratio_interval
 
-KEPT = ("design", "optimizer", "lr_scale", "seed", "loop", "parameters", "body_parameters", "macs_per_token")
-MARK = re.compile(r"(<!-- table (?P<name>[\w.-]+):(?P<reference>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+KEPT = (
+    "design",
+    "optimizer",
+    "lr_scale",
+    "seed",
+    "loop",
+    "parameters",
+    "body_parameters",
+    "macs_per_token",
+    "data_fingerprint",
+)
+MARK = re.compile(
+    r"(<!-- table (?P<name>[\w./-]+):(?P<reference>[\w-]+)(?P<only>(?: [\w-]+)*) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 Record = dict[str, Any]
 
 
 def group_of(record: Record) -> str:
-    """Optimiser, tokens, batch size and context length."""
-    return "-".join([record["optimizer"], *(str(value) for _, value in record["loop"])])
+    """Data, optimiser, tokens, batch size and context length."""
+    return f"{record['data_fingerprint'][:8]}/" + "-".join([record["optimizer"], *(str(v) for _, v in record["loop"])])
 
 
 def read_runs(folder: Path) -> list[Record]:
@@ -75,11 +88,10 @@ def table(records: list[Record], reference: str) -> str:
 
 
 def _ratio(own: dict[int, float], base: dict[int, float]) -> str:
-    seeds = own.keys() & base.keys()
-    if own == base or not seeds:
-        return "1" if own == base else ""
-    ratio = ratio_interval({seed: own[seed] for seed in seeds}, {seed: base[seed] for seed in seeds})
-    return f"{ratio.mean:.3f}x{_bounds(ratio.bounds)}"
+    if own == base:
+        return "1"
+    ratio = ratio_interval(own, base)
+    return "" if ratio is None else f"{ratio.mean:.3f}x{_bounds(ratio.bounds)}"
 
 
 def _bounds(bounds: tuple[float, float] | None) -> str:
@@ -98,10 +110,11 @@ def main() -> None:
     write_json_atomic(options.records, records)
 
     def fill(match: re.Match[str]) -> str:
-        found = [record for record in records if group_of(record) == match["name"]]
+        only = match["only"].split()
+        found = [r for r in records if group_of(r) == match["name"] and (not only or r["design"] in only)]
         if not found:
             raise SystemExit(f"{options.page} has a table {match['name']}, but there are no such runs")
-        return match[1] + table(found, match["reference"]) + match[4]
+        return match[1] + table(found, match["reference"]) + match[5]
 
     write_text_atomic(options.page, MARK.sub(fill, options.page.read_text("utf-8")))
 

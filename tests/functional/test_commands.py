@@ -319,7 +319,16 @@ def test_import_and_help_load_neither_torch_nor_transformers() -> None:
 def test_documents_are_told_apart_in_training_and_decoding(
     text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", str(text_file), "--tokens", "2k", "--model.document_mask", "true", "--out", str(tmp_path / "run")]
+    words = [
+        "--data",
+        str(text_file),
+        "--tokens",
+        "2k",
+        "--model.document_mask",
+        "true",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     code, _, error = answer(capsys, "train", *words, *SMALL)
     assert code == 0, error
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())

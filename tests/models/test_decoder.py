@@ -189,6 +189,25 @@ def test_the_training_loss_equals_the_loss_with_labels(name: str) -> None:
     assert torch.allclose(total / 26, model(ids, labels=ids).loss, atol=1e-5)
 
 
+def test_the_residual_stream_of_a_factorised_embedding_stays_precise_under_autocast() -> None:
+    model = variant("factorised")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(tokens(5), output_hidden_states=True).hidden_states[1].dtype == torch.float32
+
+
+def test_the_loss_has_no_second_derivative_and_says_so() -> None:
+    model, ids = variant("llama"), tokens(6)
+    weight = model.model.embed_tokens.weight
+    (gradient,) = torch.autograd.grad(model.token_loss_sum(ids[:, :-1], ids[:, 1:]), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+
+
+def test_labels_ask_for_all_logits() -> None:
+    model, ids = variant("llama"), tokens(6)
+    assert torch.equal(model(ids, labels=ids, logits_to_keep=1).loss, model(ids, labels=ids).loss)
+
+
 def test_labels_of_minus_100_are_left_out() -> None:
     model, ids = variant("llama"), tokens(10)
     labels = ids.clone()
@@ -235,11 +254,12 @@ def test_a_padded_batch_generates_what_its_rows_generate_alone(name: str, option
         ([0, 0, 0, 0], False, "one run of ones in each row"),
         ([1, 0, 1, 1], False, "one run of ones in each row"),
         ([1, 1, 1, 0], True, "padding must come before the texts"),
+        ([0, 1, 1, 1, 1], False, "as the tokens"),
     ],
 )
 def test_masks_with_holes_are_refused(row: list[int], with_cache: bool, message: str) -> None:
     model, ids = variant("kalmagrove"), tokens(4)
-    mask = torch.tensor([[1, 1, 1, 1], row])
+    mask = torch.tensor([[1] * len(row), row])
     cache = model.new_cache() if with_cache else None
     with pytest.raises(ValueError, match=message):
         model(ids, attention_mask=mask, cache=cache)
@@ -298,6 +318,13 @@ def test_documents_in_one_sequence_do_not_see_each_other(name: str) -> None:
     for cache in (None, model.new_cache()):
         alone = model(ids[1:, 4:]).logits[0]
         assert torch.allclose(model(padded, attention_mask=mask, cache=cache).logits[1, 4:], alone, atol=1e-4)
+
+
+def test_any_of_several_end_tokens_ends_a_document() -> None:
+    model = build_model(model_config("llama", SIZES | {"document_mask": True}, eos_token_id=[7, 9]), seed=0).eval()
+    ids = torch.tensor([[1, 2, 9, 3, 4, 7, 5]])
+    changed = torch.tensor([[2, 1, 9, 3, 4, 7, 5]])
+    assert torch.allclose(model(ids).logits[:, 3:], model(changed).logits[:, 3:], atol=1e-6)
 
 
 def test_a_document_mask_needs_the_token_that_ends_a_document() -> None:

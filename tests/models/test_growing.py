@@ -78,6 +78,7 @@ def test_adaptors_grow_too() -> None:
         ({"projections": "dense"}, 16, "dense or of full rank"),
         ({"rank": None}, 16, "dense or of full rank"),
         ({}, 8, "must be above 8, got 8"),
+        ({"rank": 1}, 8, "begin with 2 or more"),
         ({}, 25, "rank 25 must be between 1 and 16"),
         ({"core": "block", "core_block_size": 4, "shared_sides": "both"}, 10, "not divisible by the core's block size"),
         ({"sharing": "band"}, 16, "bands cut the rank"),

@@ -141,7 +141,8 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_rank is not None:
-            x = self.embed_proj(x)
+            # The residual stream is as precise as without a factor, under autocast too.
+            x = self.embed_proj(x).to(x.dtype)
         where = self._placement(x, input_ids, cache)
         if self.config.positions == "learned":
             x = x + self.embed_positions(where.positions.clamp(min=0))
@@ -174,7 +175,8 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         if end is None or input_ids is None:
             raise ValueError("document_mask needs eos_token_id in the configuration, and input_ids to look for it")
         before = None if cache is None else cache.document_start
-        starts, following = document_starts(input_ids == end, where.positions, before)
+        is_end = torch.isin(input_ids, torch.tensor(end, device=input_ids.device))
+        starts, following = document_starts(is_end, where.positions, before)
         if cache is not None:
             cache.document_start = following
         return placement(length, x.device, seen=seen, padding=padding, document_starts=starts)
@@ -250,7 +252,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
                 factorised embedding (batch, sequence, embedding_rank).
             labels: (batch, sequence) as in transformers: the loss compares position t with label t + 1; -100 is
                 left out.
-            logits_to_keep: Only the last so many positions get logits; 0 is all.
+            logits_to_keep: Only the last so many positions get logits; 0, and with ``labels``, is all.
             output_hidden_states: Whether to give the hidden states of every layer too.
             return_dict: Whether to give named outputs, else a tuple.
 
@@ -260,6 +262,9 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         cache = cache if cache is not None else past_key_values
         padding = None
         if attention_mask is not None and (cache is None or cache.length == 0) and not bool(attention_mask.all()):
+            tokens = inputs_embeds if input_ids is None else input_ids
+            if tokens is None or attention_mask.shape != tokens.shape[:2]:
+                raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {attention_mask.shape}")
             padding = padding_before(attention_mask, with_cache=cache is not None)
         if cache is not None:
             cache.padding = padding if cache.length == 0 else cache.padding
@@ -272,7 +277,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         if cache is None and padding is not None:
             outputs = _moved_back(outputs, padding)
         hidden = outputs.last_hidden_state
-        logits = F.linear(self.before_head(hidden[:, -logits_to_keep:]), self.output_weight())
+        kept = hidden if labels is not None else hidden[:, -logits_to_keep:]
+        logits = F.linear(self.before_head(kept), self.output_weight())
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())

@@ -23,12 +23,14 @@ def grow_rank(model: KalmaGroveForCausalLM, rank: int, *, seed: int) -> None:
         seed: Of the new directions.
 
     Raises:
-        ValueError: The model has no rank that could grow, or the new one is not larger, does not fit the widths or the
-            blocks of the cores.
+        ValueError: The model has no rank above 1 that could grow, or the new one is not larger, or does not fit the
+            widths or the blocks of the cores.
     """
     config = model.config
     if config.projections != "grove" or config.rank is None:
         raise ValueError("only Grove layers with a rank can grow; this model's projections are dense or of full rank")
+    if config.rank == 1:
+        raise ValueError("a rank of 1 cannot grow: its factors are trained as vectors; begin with 2 or more")
     if rank <= config.rank:
         raise ValueError(f"the new rank must be above {config.rank}, got {rank}")
     grown = type(config)(**config.to_dict() | {"rank": rank})
