@@ -357,6 +357,14 @@ def test_export_writes_a_dense_folder_that_gives_the_same_text(
         for folder in (trained, tmp_path / "dense")
     ]
     assert texts[0] == texts[1]
+    # What a killed export has left is not published, and the current folder is a folder like any other.
+    (tmp_path / ".here.partial").mkdir()
+    (tmp_path / ".here.partial" / "stale.bin").write_text("stale")
+    (tmp_path / "here").mkdir()
+    os.chdir(tmp_path / "here")
+    code, _, error = answer(capsys, "export", str(trained), "--out", ".")
+    assert code == 0 and not (tmp_path / "here" / "stale.bin").exists(), error
+    os.chdir(tmp_path)
     before = sorted(path.name for path in tmp_path.iterdir())
     for words, message in (
         (["--out", str(tmp_path / "dense")], "exists and is not empty"),

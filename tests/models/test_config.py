@@ -19,6 +19,14 @@ from kalmagrove.models.presets import SIZES, preset_names, split_preset
         ({"num_hidden_layers": 2.5}, "num_hidden_layers must be a positive integer, got 2.5"),
         ({"rank": 129}, "rank 129 must be between 1 and 128"),
         ({"attention": "arnold"}, "attention = arnold needs resolutions"),
+        (
+            {
+                "attention": "arnold",
+                "positions": "learned",
+                "resolutions": [{"num_heads": 1, "head_dim": 4, "stride": 4}],
+            },
+            "a group of resolutions has num_heads, head_dim and scales: .*'stride'",
+        ),
         ({"resolutions": [{"num_heads": 1, "head_dim": 4}]}, "resolutions need attention = arnold"),
         ({"embedding_rank": 129}, "embedding_rank 129 must be between 1 and hidden_size 128"),
         ({"grove_parts": "heads"}, "grove_parts must be one of all, attention, feed_forward; got 'heads'"),

@@ -11,6 +11,7 @@ from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.presets import FAMILIES
 from kalmagrove.nn.decoding import DecodingCache
+from kalmagrove.nn.loss import linear_cross_entropy
 
 ARNOLD = [
     {"num_heads": 2, "head_dim": 4, "scales": [[1, 5]]},
@@ -197,10 +198,52 @@ def test_the_residual_stream_of_a_factorised_embedding_stays_precise_under_autoc
 
 def test_the_loss_has_no_second_derivative_and_says_so() -> None:
     model, ids = variant("llama"), tokens(6)
-    weight = model.model.embed_tokens.weight
-    (gradient,) = torch.autograd.grad(model.token_loss_sum(ids[:, :-1], ids[:, 1:]), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(
+            model.token_loss_sum(ids[:, :-1], ids[:, 1:]), model.model.embed_tokens.weight, create_graph=True
+        )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["llama", "kalmagrove", "blocks"])
+def test_a_compiled_model_gives_the_same_at_every_length(name: str) -> None:
+    torch.compiler.reset()
+    model = variant(name).train()
+    compiled = torch.compile(lambda ids: model.token_loss_sum(ids[:, :-1], ids[:, 1:]), backend="aot_eager")
+    for length in (40, 23, 31):
+        losses, gradients = [], []
+        for loss_of in (compiled, lambda ids: model.token_loss_sum(ids[:, :-1], ids[:, 1:])):
+            loss = loss_of(tokens(length))
+            losses.append(loss)
+            used = [p for p in model.parameters() if p.requires_grad]
+            gradients.append(torch.autograd.grad(loss, used, allow_unused=True))
+        torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=1e-4)
+        for ours, theirs in zip(*gradients, strict=True):
+            if theirs is not None and ours is not None:
+                torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
+
+
+def test_the_training_loss_works_in_torch_func() -> None:
+    model, ids = variant("kalmagrove"), tokens(9)
+    weight = "model.norm.weight"
+
+    def loss(norm: torch.Tensor) -> torch.Tensor:
+        hidden = torch.func.functional_call(model.model, {"norm.weight": norm}, (ids[:, :-1],)).last_hidden_state
+        return linear_cross_entropy(hidden.flatten(0, 1), model.output_weight(), ids[:, 1:].flatten())
+
+    parameter = dict(model.named_parameters())[weight]
+    (expected,) = torch.autograd.grad(model.token_loss_sum(ids[:, :-1], ids[:, 1:]), parameter)
+    torch.testing.assert_close(torch.func.grad(loss)(parameter.detach()), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_stored_cache_holds_no_more_than_it_counts() -> None:
+    model, ids = variant("arnold-alone"), tokens(30)
+    cache = model.new_cache()
+    model(ids, cache=cache)
+    held = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for layer in cache.layers for t in layer.values()
+    }
+    assert sum(held.values()) == cache.num_bytes()
 
 
 def test_labels_ask_for_all_logits() -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from kalmagrove.models.build import build_model, model_config
-from kalmagrove.models.convert import save_model, to_stock
+from kalmagrove.models.convert import from_stock, save_model, to_stock
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.merging import merge
 from kalmagrove.nn.grove import GroveLinear
@@ -73,6 +73,15 @@ def test_grove_with_full_attention_is_written_as_a_stock_llama(form: dict[str, A
     stock.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert torch.allclose(loaded(tokens()).logits, model(tokens()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["llama", "gpt2"])
+def test_conversions_keep_the_type_and_how_text_is_generated(preset: str) -> None:
+    model = model_of(preset).to(torch.bfloat16)
+    model.generation_config.temperature, model.generation_config.eos_token_id = 0.3, 5
+    for converted in (merge(model), to_stock(model), from_stock(to_stock(model))):
+        assert converted.dtype == torch.bfloat16
+        assert converted.generation_config.temperature == 0.3 and converted.generation_config.eos_token_id == 5
 
 
 def test_arnold_is_no_stock_llama() -> None:

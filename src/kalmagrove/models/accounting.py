@@ -94,9 +94,10 @@ def projection_paths(config: KalmaGroveConfig, tokens: int, *, composed_before: 
 def mean_visible_keys(group: Resolution, context_length: int) -> float:
     """Keys that a query of a resolution sees, averaged over the positions of a context."""
     positions, seen = torch.arange(context_length), 0
-    for scale, (stride, _) in enumerate(group.scales):
-        firsts = torch.arange(context_length // stride) * stride
-        seen += int(group.visible(scale, positions, firsts).sum())
+    for scale, (stride, reach) in enumerate(group.scales):
+        newest = ((positions - group.nearest(scale)) // stride + 1).clamp(min=0)
+        oldest = torch.zeros_like(newest) if reach is None else ((positions - reach) // stride + 1).clamp(min=0)
+        seen += int((newest - torch.minimum(oldest, newest)).sum())
     return seen / context_length
 
 
@@ -184,12 +185,13 @@ def _saved_bytes(config: KalmaGroveConfig, batch_size: int, context_length: int,
     """Bytes of the distinct tensors that autograd keeps for the backward, without the parameters."""
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def look_on(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage._cdata] = storage.nbytes()
         keep.append(tensor)
         return tensor
 
+    look_on.only_looks_on = True  # type: ignore[attr-defined]
     keep: list[Tensor] = []
     with FakeTensorMode():
         model = KalmaGroveForCausalLM(config)
@@ -197,7 +199,7 @@ def _saved_bytes(config: KalmaGroveConfig, batch_size: int, context_length: int,
         tokens = torch.zeros(batch_size, context_length, dtype=torch.int64)
         device = torch.device("cpu")
         with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(look_on, lambda tensor: tensor),
             autocast("bf16" if precision == "bf16" else "fp32", device),
         ):
             model.token_loss_sum(tokens, tokens)

@@ -143,7 +143,10 @@ class KalmaGroveConfig(PretrainedConfig):
         """The groups of heads: one of stride 1 without a window for full attention."""
         if self.attention == "full":
             return (Resolution(self.num_attention_heads, self.head_dim),)
-        return tuple(Resolution(**group) for group in self.resolutions or ())
+        try:
+            return tuple(Resolution(**group) for group in self.resolutions or ())
+        except TypeError as error:
+            raise ValueError(f"a group of resolutions has num_heads, head_dim and scales: {error}") from error
 
     @property
     def attention_width(self) -> int:
@@ -199,10 +202,9 @@ class KalmaGroveConfig(PretrainedConfig):
             raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")
         if self.bias and self.projections == "grove":
             raise ValueError("bias is for dense projections; set bias: false or projections: dense")
-        if self.positions == "rotary":
-            for group in self.head_groups():
-                if group.head_dim % 2:
-                    raise ValueError(f"head_dim must be even for rotary positions, got {group.head_dim}")
+        for group in self.head_groups():
+            if self.positions == "rotary" and group.head_dim % 2:
+                raise ValueError(f"head_dim must be even for rotary positions, got {group.head_dim}")
 
 
 _CHOICES = {

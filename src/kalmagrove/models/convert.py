@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,9 @@ def to_stock(model: KalmaGroveForCausalLM) -> PreTrainedModel:
     if config.tie_word_embeddings:
         renamed["lm_head.weight"] = weights["model.embed_tokens.weight"]
     stock.load_state_dict(renamed, strict=True)
-    return stock.to(next(model.parameters()).device).train(model.training)
+    stock.generation_config = copy.deepcopy(model.generation_config)
+    reference = next(model.parameters())
+    return stock.to(device=reference.device, dtype=reference.dtype).train(model.training)
 
 
 def from_stock(stock: PreTrainedModel) -> KalmaGroveForCausalLM:
@@ -96,7 +99,9 @@ def from_stock(stock: PreTrainedModel) -> KalmaGroveForCausalLM:
     with torch.random.fork_rng():
         model = KalmaGroveForCausalLM(config)
     model.load_state_dict(weights, strict=True)
-    return model.train(stock.training)
+    model.generation_config = copy.deepcopy(stock.generation_config)
+    reference = next(stock.parameters())
+    return model.to(device=reference.device, dtype=reference.dtype).train(stock.training)
 
 
 def save_model(model: KalmaGroveForCausalLM, folder: Path) -> None:
@@ -148,7 +153,7 @@ def load_config(folder: str | Path) -> KalmaGroveConfig:
     register_when_imported()
     try:
         config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise KalmaGroveError(f"cannot read a model configuration from {folder}: {_first_line(error)}") from error
     if isinstance(config, KalmaGroveConfig):
         return config

@@ -261,11 +261,14 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         """
         cache = cache if cache is not None else past_key_values
         padding = None
-        if attention_mask is not None and (cache is None or cache.length == 0) and not bool(attention_mask.all()):
+        is_first = cache is None or cache.length == 0
+        # A compiler cannot look into a mask: compiled models are given texts without padding.
+        mask = attention_mask if is_first and not torch.compiler.is_compiling() else None
+        if mask is not None and not bool(mask.all()):
             tokens = inputs_embeds if input_ids is None else input_ids
-            if tokens is None or attention_mask.shape != tokens.shape[:2]:
-                raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {attention_mask.shape}")
-            padding = padding_before(attention_mask, with_cache=cache is not None)
+            if tokens is None or mask.shape != tokens.shape[:2]:
+                raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {tuple(mask.shape)}")
+            padding = padding_before(mask, with_cache=cache is not None)
         if cache is not None:
             cache.padding = padding if cache.length == 0 else cache.padding
         elif padding is not None:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import as_decoder, load_model, model_folder, obstacles, save_model, stock_family
 from kalmagrove.models.merging import merge
 
 FORMS = ("auto", "llama", "gpt2", "dense")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str | None = None) -> str:
-    """Writes a model with its tokeniser as a dense Hugging Face folder, and returns what it is.
+    """Writes a model, with the tokeniser where the source is a folder, as a dense Hugging Face folder.
 
     Args:
         source: A run folder, a model folder or a Hub name.
@@ -22,12 +33,16 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
         form: "llama" or "gpt2" for a stock folder, "dense" for one of ours, "auto" for stock where it is possible.
         adaptor: The task core that is merged into the weights.
 
+    Returns:
+        What was written.
+
     Raises:
         UsageError: The form or the adaptor is unknown, the model cannot take the form, or the folder is in use.
         KalmaGroveError: The source cannot be read.
     """
     if form not in FORMS:
         raise UsageError(f"--format must be one of {', '.join(FORMS)}, got {form!r}")
+    folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty; choose another --out")
     model = as_decoder(load_model(source))
@@ -42,6 +57,7 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
         found = ", ".join(obstacles(merged.config, form)) or "tied embeddings or the width of its heads"  # type: ignore[arg-type]
         raise UsageError(f"this model cannot be written as {form}: it differs in {found}; use --format dense")
     temporary = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
         if form == "dense":
             merged.save_pretrained(temporary)
@@ -54,7 +70,7 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise KalmaGroveError(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from kalmagrove.models.config import KalmaGroveConfig
@@ -24,6 +26,7 @@ def merge(model: KalmaGroveForCausalLM) -> KalmaGroveForCausalLM:
         merged = KalmaGroveForCausalLM(_dense(model.config))
     merged = merged.to_empty(device=reference.device).to(reference.dtype)
     merged.load_state_dict(weights, strict=True)
+    merged.generation_config = copy.deepcopy(model.generation_config)
     return merged.train(model.training)
 
 

@@ -160,7 +160,8 @@ class MultiResolutionAttention(nn.Module):
     ) -> Tensor:
         result, history = convolution(x, None if state is None else state.get(name), where.reach)
         if state is not None:
-            state[name] = history
+            # A copy: the history is the end of all that was convolved.
+            state[name] = history.clone()
         return result
 
     def _place(self, x: Tensor, positions: Tensor, gain: Tensor | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Masked attention by plain matrix products, chunk by chunk of the queries: the fast way on a CPU.
 
 On a CPU two batched products and a softmax take about half the time of torch's fused causal kernel up to a thousand
-tokens, and less than that under a mask of any length.
+tokens, and less than that under a mask of any length. In bfloat16 the scores are rounded before the softmax: the error
+is 2-7 times that of torch's kernel, 0.4-1 % of the output.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kalmagrove.nn.derivatives import first_derivative_only
 from kalmagrove.nn.resolution import Resolution, first_tokens
 from kalmagrove.precision import without_autocast
 
@@ -133,7 +134,7 @@ class _AttentionInChunks(torch.autograd.Function):
         return output.unflatten(0, batch)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         scaled, key, value, output, *kept = ctx.saved_tensors
         slope = slope.flatten(0, -3).contiguous()

@@ -13,16 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kalmagrove.nn.derivatives import first_derivative_only
 from kalmagrove.precision import autocast_type, without_autocast
 
-SMALLEST_WEIGHT = 1e-6
-"""Below it a weighted sum does not tell what its first part was."""
+SMALL_WEIGHT, SMALLEST_WEIGHT = 0.1, 1e-5
+"""First weights of a sum below which their gradient needs double precision, and is zero: the sum does not tell it."""
 
 
 def is_by_hand(x: Tensor) -> bool:
-    """Whether ``x`` takes the functions with gradients by hand: on a CPU, and outside torch.func's transforms."""
+    """Whether ``x`` takes the functions with gradients by hand: on a CPU, outside compilers and torch.func."""
+    if torch.compiler.is_compiling():
+        return False
     return x.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
 
 
@@ -60,7 +62,7 @@ def weighted_sum(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     Args:
         x: Any shape.
         y: The same.
-        weights: (2,); the gradient of the first is exact to rounding divided by the weight.
+        weights: (2,). The gradient of the first is that of autograd down to weights of 1e-4, and zero below 1e-5.
     """
     if not is_by_hand(x) or x.dtype.itemsize < 4:
         return weights[0] * x + weights[1] * y
@@ -73,20 +75,29 @@ def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
     """Products in this context that would keep ``tensor`` for their backward call ``make`` there instead.
 
     For a tensor that is one pass over others that are kept anyway. On a CPU, where memory is dear and a pass is cheap.
+    Where others decide what is kept, as activation checkpointing does, it stays out of their way; hooks that only look
+    on say so by an attribute ``only_looks_on`` of the first one.
     """
     if not is_by_hand(tensor) or not torch.is_grad_enabled():
         yield
         return
-    storage = tensor.untyped_storage()._cdata
+    outer = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if outer is not None and not getattr(outer[0], "only_looks_on", False):
+        yield
+        return
+
+    def place(of: Tensor) -> tuple[Any, ...]:
+        return of.untyped_storage()._cdata, of.storage_offset(), of.numel(), of.dtype, of.is_contiguous()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        is_it = saved.untyped_storage()._cdata == storage and saved.numel() == tensor_size
-        return saved.shape if is_it else saved
+        if place(saved) == its_place:
+            return saved.shape
+        return saved if outer is None else outer[0](saved)
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else make().view(packed)
 
-    tensor_size = tensor.numel()
+    its_place = place(tensor)
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 
@@ -146,7 +157,7 @@ class _RMSNorm(torch.autograd.Function):
         return normed.to(dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         wide = slope.to(scale.dtype, copy=True)
@@ -172,7 +183,7 @@ class _SquaredReLU(torch.autograd.Function):
         return positive * positive, positive
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor, _: Tensor) -> Tensor:
         (positive,) = ctx.saved_tensors
         return (slope * positive).mul_(2)
@@ -185,7 +196,7 @@ class _Rotation(torch.autograd.Function):
         return _turned(x, cos, sin, forwards=True)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None]:
         return _turned(slope, *ctx.saved_tensors, forwards=False), None, None
 
@@ -209,19 +220,17 @@ class _WeightedSum(torch.autograd.Function):
         return summed
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         summed, y, weights = ctx.saved_tensors
         first, second = weights.unbind()
+        # Beside a small weight the difference below is small too, and needs more digits.
+        wide = torch.float64 if abs(float(first)) < SMALL_WEIGHT else slope.dtype
         # The sum tells what x was: its gradient's part of the first weight needs no copy of it.
-        with_sum, with_y = _inner(slope, summed), _inner(slope, y)
-        divisor = torch.where(first.abs() < SMALLEST_WEIGHT, SMALLEST_WEIGHT, first)
-        weights_slope = torch.stack(((with_sum - second * with_y) / divisor, with_y))
-        return slope * first, slope * second, weights_slope
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+        with_sum, with_y = (torch.dot(slope.reshape(-1).to(wide), each.reshape(-1).to(wide)) for each in (summed, y))
+        difference = with_sum - second.to(wide) * with_y
+        of_first = difference / first if abs(float(first)) > SMALLEST_WEIGHT else torch.zeros_like(difference)
+        return slope * first, slope * second, torch.stack((of_first, with_y)).to(weights.dtype)
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
@@ -231,7 +240,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return _convolve(padded, taps)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor]:
         padded, taps = ctx.saved_tensors
         length = slope.shape[1]

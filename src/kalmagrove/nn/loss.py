@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from kalmagrove.nn.derivatives import first_derivative_only
 from kalmagrove.precision import autocast_type, without_autocast
 
 ROWS = 512
@@ -39,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * slope.to(hidden_gradient.dtype), weight_gradient * slope, None, None
@@ -88,6 +89,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         A float32 scalar. Under autocast the products run in its type; the softmax is computed in float32.
     """
+    if torch._C._are_functorch_transforms_active():
+        return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
     dtype = autocast_type(hidden)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     with without_autocast(hidden):

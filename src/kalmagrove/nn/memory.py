@@ -122,7 +122,9 @@ class GroupMemory:
 
     def _join(self, name: str, new: Tensor) -> Tensor:
         old = self.state.get(self.prefix + name)
-        joined = new if old is None else torch.cat((old, new), dim=2)
+        # A copy of a part gives the whole back.
+        alone = new if new.nbytes == new.untyped_storage().nbytes() else new.clone()
+        joined = alone if old is None else torch.cat((old, new), dim=2)
         self.state[self.prefix + name] = joined
         return joined
 
