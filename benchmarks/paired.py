@@ -85,10 +85,11 @@ def random_tokens(step: int, batch_size: int, context_length: int, vocab_size: i
 
 
 def take_turns(
-    contestants: Mapping[str, Contestant], rounds: int, batch_of: Callable[[int], Tensor]
+    contestants: Mapping[str, Contestant], rounds: int, batch_of: Callable[[int], Tensor], *, keep_memory: bool = True
 ) -> dict[str, Times]:
     """Times of all contestants, A, B, C, A, B, C, ..., after a few rounds that do not count."""
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     times = {name: Times([], []) for name in contestants}
     for step in range(WARMUP_ROUNDS + rounds):
         tokens = batch_of(step)

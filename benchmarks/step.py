@@ -111,11 +111,13 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="forward and backward through torch.compile")
+    parser.add_argument("--give_memory_back", action="store_true", help="let the C library return freed memory")
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     contestants = {name: contestant(name, options) for name in options.only or CONTESTANTS}
-    seconds = {n: t.step for n, t in take_turns(contestants, options.rounds, partial(batch, options)).items()}
+    times = take_turns(contestants, options.rounds, partial(batch, options), keep_memory=not options.give_memory_back)
+    seconds = {name: own.step for name, own in times.items()}
     reference = seconds.get("llama adamw") or next(iter(seconds.values()))
     tokens = options.batch_size * options.context_length
     rows = []
