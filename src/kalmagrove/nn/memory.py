@@ -60,17 +60,17 @@ class GroupMemory:
         """Pools the blocks that the new tokens finish; returns as :meth:`add_tokens`."""
         stride = self.resolution.scales[scale][0]
         base = self._forgotten(scale, self.where.seen)
-        find = self._new_blocks if self.where.padding is None else self._new_blocks_of_rows
-        keys, values = find(scale, base, recent, pool, place)
+        if self.where.padding is None:
+            keys, values = self._new_blocks(scale, recent, pool, place)
+        else:
+            keys, values = self._new_blocks_of_rows(scale, base, recent, pool, place)
         first = (base + torch.arange(keys.shape[2], device=keys.device)) * stride
         dropped = self._forgotten(scale, self.where.seen + self.count) - base
         for name, tensor in (("keys", keys), ("values", values)):
             self.state[f"{self.prefix}{scale}.{name}"] = tensor[:, :, dropped:].clone() if dropped else tensor
         return keys, values, self._visible(scale, first)
 
-    def _new_blocks(
-        self, scale: int, base: int, recent: tuple[Tensor, Tensor], pool: Pool, place: Place
-    ) -> tuple[Tensor, Tensor]:
+    def _new_blocks(self, scale: int, recent: tuple[Tensor, Tensor], pool: Pool, place: Place) -> tuple[Tensor, Tensor]:
         stride = self.resolution.scales[scale][0]
         total = self.where.seen + self.count
         first, last = self.where.seen // stride, total // stride
