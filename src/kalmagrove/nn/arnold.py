@@ -198,7 +198,8 @@ class MultiResolutionAttention(nn.Module):
             ]
         if where.seen == 0 and where.padding is None:
             return self._attend_whole(group, query, key, value, where)
-        keys, values, visible = zip(*seen, strict=True)
+        keys, values, firsts = zip(*seen, strict=True)
+        visible = [memory.visible(scale, first) for scale, first in enumerate(firsts)]
         return masked_attention(query, torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(visible, dim=-1))
 
 

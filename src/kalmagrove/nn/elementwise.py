@@ -1,7 +1,7 @@
 """Elementwise parts of a layer with gradients by hand: on a CPU each pass over the activations costs, so there are few.
 
 Each equals its textbook form under autograd (tests compare them in float64), which runs on other devices, where
-compilers fuse it. Only first derivatives: a second one is refused by torch with an error.
+compilers fuse it. Only first derivatives: a second one is refused with an error.
 """
 
 from __future__ import annotations

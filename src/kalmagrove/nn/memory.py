@@ -35,7 +35,7 @@ class GroupMemory:
         self.count = where.positions.shape[-1]
 
     def add_tokens(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds placed keys and values; returns all that are remembered and which of them each new token sees."""
+        """Adds placed keys and values; returns all that are remembered, and the positions of their first tokens."""
         keys, values = self._join("0.keys", key), self._join("0.values", value)
         total = self.where.seen + self.count
         first = torch.arange(total - keys.shape[2], total, device=key.device)
@@ -44,7 +44,7 @@ class GroupMemory:
         reach = self.resolution.scales[0][1]
         self._keep_last("0.keys", keys, None if reach is None else reach - 1)
         self._keep_last("0.values", values, None if reach is None else reach - 1)
-        return keys, values, self._visible(0, first)
+        return keys, values, first
 
     def add_recent(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Adds keys without positions, and values; returns those of the blocks that are not finished, and these."""
@@ -68,7 +68,7 @@ class GroupMemory:
         dropped = self._forgotten(scale, self.where.seen + self.count) - base
         for name, tensor in (("keys", keys), ("values", values)):
             self.state[f"{self.prefix}{scale}.{name}"] = tensor[:, :, dropped:].clone() if dropped else tensor
-        return keys, values, self._visible(scale, first)
+        return keys, values, first
 
     def _new_blocks(self, scale: int, recent: tuple[Tensor, Tensor], pool: Pool, place: Place) -> tuple[Tensor, Tensor]:
         stride = self.resolution.scales[scale][0]
@@ -113,8 +113,12 @@ class GroupMemory:
         shortest = seen if self.where.padding is None else seen - int(self.where.padding.max())
         return int(self.resolution.remembered(scale, seen, shortest).start)
 
-    def _visible(self, scale: int, first: Tensor) -> Tensor:
-        """(queries, keys), or (batch, 1, queries, keys)."""
+    def visible(self, scale: int, first: Tensor) -> Tensor:
+        """Which keys, by the positions of their first tokens, each new token sees.
+
+        Returns:
+            bool, (queries, keys) or (batch, 1, queries, keys).
+        """
         seen = self.resolution.visible(scale, self.where.positions, first)
         if self.where.starts is not None:
             seen = seen & (first[..., None, :] >= self.where.starts[:, :, None])
