@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +31,7 @@ from kalmagrove.models.build import build_model, model_config
 from kalmagrove.optim.build import build_optimizers
 from kalmagrove.precision import choose_precision
 from kalmagrove.report.statistics import mean_interval
+from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
@@ -38,6 +41,7 @@ from parallel import stored, workers
 
 DESIGNS = Path(__file__).parents[1] / "configs" / "search"
 REFERENCE = "llama"
+SECONDS_BETWEEN_CHECKPOINTS = 300
 
 Record = dict[str, Any]
 
@@ -74,11 +78,11 @@ def read_design(name: str) -> ModelConfig:
 
 def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
     """The record of a job: read where it exists, else trained and written."""
-    return stored(out / f"{job.name}.json", lambda: train(job, data_folder))
+    return stored(out / f"{job.name}.json", lambda: train(job, data_folder, out / f"{job.name}-checkpoints"))
 
 
-def train(job: Job, data_folder: Path) -> Record:
-    """Trains one model and scores it on the validation and test split."""
+def train(job: Job, data_folder: Path, checkpoints: Path) -> Record:
+    """Trains one model and scores it on the validation and test split; goes on from a stopped job's checkpoint."""
     config = TrainConfig(
         model=read_design(job.design),
         optim=OptimConfig(name=job.optimizer, lr_scale=job.lr_scale),  # type: ignore[arg-type]
@@ -87,13 +91,20 @@ def train(job: Job, data_folder: Path) -> Record:
     data = open_packed(data_folder, verify=False)
     run = TrainingRun(config, data)
     count = count_parameters(run.model)
+    checkpoint, _ = latest_checkpoint(checkpoints)
+    if checkpoint:
+        run.restore(checkpoint)
     diverged = False
+    saved = time.monotonic()
     while not (run.done or diverged):
         try:
             run.train_step()
         except TrainingDiverged:
             diverged = True
-    return {
+        if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
+            save_checkpoint(checkpoints, step=run.step, **run.state(), keep_last=1)
+            saved = time.monotonic()
+    record = {
         **asdict(job),
         "parameters": count.total,
         "body_parameters": count.non_embedding,
@@ -104,6 +115,8 @@ def train(job: Job, data_folder: Path) -> Record:
         "data_fingerprint": data.fingerprint,
         "environment": describe_environment(),
     }
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return record
 
 
 def time_designs(options: argparse.Namespace, vocab_size: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ import os
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +31,7 @@ TWO_DOCUMENTS = "one \u00e9\r\nmore\n<|endoftext|>\n\n<|endoftext|>\ntwo <|endof
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".xz": lzma.compress,
-    ".gz": gzip.compress,
+    ".gz": partial(gzip.compress, mtime=0),
     ".zst": zstandard.ZstdCompressor().compress,
 }
 
@@ -164,7 +165,7 @@ def test_a_python_without_library_sources_is_explained(tmp_path: Path, monkeypat
         ("a.parquet", b"PAR1 nothing", "a.parquet is not a sound parquet file"),
         ("a.txt.xz", lzma.compress(b"abc" * 99)[:-9], "a.txt.xz is damaged or cut short"),
         ("a.txt.xz", b"no xz", "a.txt.xz is damaged or cut short"),
-        ("a.txt.gz", gzip.compress(b"abc" * 99)[:-9], "a.txt.gz is damaged or cut short"),
+        ("a.txt.gz", gzip.compress(b"abc" * 99, mtime=0)[:-9], "a.txt.gz is damaged or cut short"),
         ("a.txt.gz", b"no gz", "a.txt.gz is damaged or cut short"),
         ("a.txt.zst", COMPRESSIONS[".zst"](b"abc" * 99)[:-2], "a.txt.zst is damaged or cut short"),
         ("a.txt.zst", b"no zst", "a.txt.zst is damaged or cut short"),
