@@ -126,9 +126,18 @@ def test_other_inputs_are_refused_and_nothing_is_overwritten(
 
 
 def test_a_changed_source_is_noticed(packed: PackedText, source: str) -> None:
-    os.utime(source, ns=(0, 1))
-    with pytest.raises(KalmaGroveError, match=r"prepared with other content of \S*text\.jsonl \(a file's size or time"):
+    path = Path(source)
+    path.write_bytes(path.read_bytes().replace(b"a", b"e", 1))
+    with pytest.raises(KalmaGroveError, match=r"prepared with other content of \S*text\.jsonl; choose another folder"):
         prepare(source, packed.folder, vocab_size=270)
+
+
+def test_a_copy_of_the_source_with_another_time_is_the_same_text(packed: PackedText, source: str) -> None:
+    os.utime(source, ns=(0, 1))
+    assert prepare(source, packed.folder, vocab_size=270) == packed
+    manifest = (packed.folder / "manifest.json").read_bytes()
+    assert prepare(source, packed.folder, vocab_size=270) == packed
+    assert (packed.folder / "manifest.json").read_bytes() == manifest
 
 
 def test_a_changed_tokenizer_file_is_noticed(packed: PackedText, source: str, tmp_path: Path) -> None:

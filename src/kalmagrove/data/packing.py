@@ -9,14 +9,20 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from kalmagrove.data.sources import COMPRESSION_SUFFIXES, TEXT_SUFFIXES, is_hub_name, source_fingerprint
+from kalmagrove.data.sources import (
+    COMPRESSION_SUFFIXES,
+    TEXT_SUFFIXES,
+    content_fingerprint,
+    is_hub_name,
+    source_fingerprint,
+)
 from kalmagrove.data.splits import SPLITS, split_documents
 from kalmagrove.data.tokenizer import (
     end_of_text_id,
@@ -144,6 +150,7 @@ def prepare(
     }
     if _is_taken(folder):
         return _reuse(folder, inputs)
+    content = content_fingerprint(source)
 
     def documents() -> Iterator[tuple[str, str]]:
         return split_documents(source, seed=seed, valid_fraction=valid_fraction, test_fraction=test_fraction)
@@ -159,7 +166,7 @@ def prepare(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        _write_folder(temporary, documents(), used, inputs, report)
+        _write_folder(temporary, documents(), used, inputs, content, report)
         _take_name(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -245,14 +252,27 @@ def _reuse(folder: Path, inputs: dict[str, Any]) -> PackedText:
     # The same files may be reached by another path, so the fingerprint decides about the source.
     if "source" in differing and "source_fingerprint" not in differing:
         differing.remove("source")
+    if differing == ["source_fingerprint"] and _has_same_content(folder, inputs):
+        return packed
     if not differing:
         return packed
     name = differing[0]
     if name == "source_fingerprint":
-        difference = f"other content of {_shown(inputs['source'])} (a file's size or time changed)"
+        difference = f"other content of {_shown(inputs['source'])}"
     else:
         difference = f"{name} {_shown(earlier.get(name))} and not {_shown(inputs[name])}"
     raise KalmaGroveError(f"{folder} was prepared with {difference}; choose another folder or delete that one")
+
+
+def _has_same_content(folder: Path, inputs: dict[str, Any]) -> bool:
+    """Whether only times of the source's files differ, as after a copy; they are then written down, where possible."""
+    manifest = _read_manifest(folder / MANIFEST)
+    content = manifest.get("source_content")
+    if content is None or content_fingerprint(inputs["source"]) != content:
+        return False
+    with suppress(OSError):
+        write_json_atomic(folder / MANIFEST, manifest | {"inputs": inputs})
+    return True
 
 
 def _shown(value: object) -> str:
@@ -287,6 +307,7 @@ def _write_folder(
     documents: Iterable[tuple[str, str]],
     tokenizer: Tokenizer,
     inputs: dict[str, Any],
+    content: str | None,
     report: Progress,
 ) -> None:
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
@@ -306,6 +327,7 @@ def _write_folder(
         "dtype": dtype,
         "splits": {split: asdict(info) for split, info in splits.items()},
         "inputs": inputs,
+        "source_content": content,
     }
     write_json_atomic(folder / MANIFEST, manifest)
 

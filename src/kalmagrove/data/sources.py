@@ -152,6 +152,23 @@ def source_fingerprint(source: str | None) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+def content_fingerprint(source: str | None) -> str | None:
+    """SHA-256 over the names and bytes of a source's files, whatever their times; None for a Hub data set.
+
+    Raises:
+        KalmaGroveError: As for `source_files`.
+        OSError: A file cannot be read.
+    """
+    if source is not None and is_hub_name(source):
+        return None
+    whole = hashlib.sha256()
+    for item in source_files(source):
+        with item.path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(json.dumps([item.name, digest]).encode())
+    return whole.hexdigest()
+
+
 def is_hub_name(source: str) -> bool:
     """Whether a source names a Hub data set: nothing on disk has this name, and it looks like no path."""
     if _local_path(source).exists() or Path(source).suffix.lower() in TEXT_SUFFIXES + COMPRESSION_SUFFIXES:
