@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "train a Transformer and a KalmaGrove on the same text and report which is better",
     "train": "one training run",
     "eval": "perplexity and bits per byte of a model on a text",
+    "watch": "follow a run that another process trains",
     "generate": "text from a prompt",
     "info": "parameters, FLOPs and memory of a model before it is trained",
     "export": "a model as a plain dense folder, for other tools",

@@ -1,9 +1,15 @@
-"""Write small files so that a crash leaves either the old content or the new, never a part of it."""
+"""Write files and folders so that a crash leaves either the old content or the new, never a part of it."""
 
+import glob
+import hashlib
 import json
 import math
 import os
+import platform
+import re
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +26,7 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         OSError: The text could not be written; the old content, if any, is still there.
     """
+    remove_abandoned(path)
     temporary = temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
@@ -56,9 +63,86 @@ def finite_or_null(value: Any) -> Any:
     return value
 
 
+def replace_folder(prepared: Path, path: Path) -> None:
+    """Give a prepared folder its name once all of it is on the disk; what has the name goes after that.
+
+    A crash leaves the old folder, the new one, or for a moment none of that name, but never a part.
+
+    Args:
+        prepared: A folder beside ``path``.
+        path: The name; a folder, a file or nothing may have it.
+
+    Raises:
+        OSError: The folder could not be renamed or did not reach the disk.
+    """
+    fsync_tree(prepared)
+    replaced = path.with_name(f"{temporary_name(path).name}-replaced")
+    if os.path.lexists(path):
+        remove(replaced)
+        os.rename(path, replaced)
+    try:
+        os.rename(prepared, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.rename(replaced, path)
+        raise
+    fsync_folder(path.parent)
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder as far as the system lets it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 def temporary_name(path: Path) -> Path:
     """Return the hidden sibling, private to this process, under which a path's new content is prepared."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    return path.with_name(f".{path.name}.tmp-{_machine()}-{os.getpid()}")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what processes of this machine that are gone left under a path's temporary names."""
+    if os.name == "nt":
+        # There is no harmless signal to ask with.
+        return
+    for left in path.parent.glob(f".{glob.escape(path.name)}.tmp-{_machine()}-*"):
+        number = re.fullmatch(r"(\d+)(-replaced)?", left.name.rpartition(f".tmp-{_machine()}-")[2])
+        if number is not None and not _is_running(int(number[1])):
+            remove(left)
+
+
+def _machine() -> str:
+    """Tells machines that share a disk apart, without giving their names."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        # It belongs to somebody else.
+        return True
+    return True
+
+
+def fsync_tree(folder: Path) -> None:
+    """Wait until a folder, all below it and their content are on the disk.
+
+    Raises:
+        OSError: The disk did not take them.
+    """
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fsync_file(path)
+        elif path.is_dir():
+            fsync_folder(path)
+    fsync_folder(folder)
 
 
 def fsync_file(path: Path) -> None:

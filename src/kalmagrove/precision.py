@@ -10,15 +10,19 @@ import torch
 Precision = Literal["auto", "bf16", "fp32"]
 
 
-def choose_device(name: str = "auto") -> torch.device:
+def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch.device:
     """The device of a name, or the best one: CUDA, then Apple's MPS, then the CPU.
+
+    Args:
+        name: auto, cpu, cuda, cuda:N or mps.
+        local_rank: Which of a machine's GPUs is meant by auto and cuda, where several processes share the machine.
 
     Raises:
         ValueError: The named device is not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _cuda(local_rank)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -28,7 +32,13 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
+    if device.type == "cuda" and device.index is None:
+        return _cuda(local_rank)
     return device
+
+
+def _cuda(index: int | None) -> torch.device:
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

@@ -37,8 +37,8 @@ def test_batch_and_world_size_do_not_change_the_sequence(length: int, context: i
     tokens = np.random.default_rng(0).integers(0, 999, length)
     whole = batch_at(tokens, context_length=context, batch_size=6, seed=3, step=step)
     ranks = [
-        batch_at(tokens, context_length=context, batch_size=3, seed=3, step=step, rank=rank, world_size=2)
-        for rank in range(2)
+        batch_at(tokens, context_length=context, batch_size=6, seed=3, step=step, rows=rows)
+        for rows in (range(2), range(2, 6))
     ]
     steps = [batch_at(tokens, context_length=context, batch_size=2, seed=3, step=3 * step + part) for part in range(3)]
     assert np.array_equal(whole, np.concatenate(ranks)) and np.array_equal(whole, np.concatenate(steps))

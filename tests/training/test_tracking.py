@@ -58,17 +58,27 @@ def test_a_later_writer_appends_and_removes_a_cut_line(tmp_path: Path) -> None:
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
-def test_a_stream_that_is_no_terminal_gets_a_plain_line_every_ten_seconds_and_the_last() -> None:
+def test_a_stream_that_is_no_terminal_gets_a_plain_line_at_once_then_one_a_minute_and_the_last() -> None:
     stream, clock = io.StringIO(), Clock()
     with ProgressBar(100, description="tree", stream=stream, clock=clock) as bar:
         for step in range(1, 8):
-            clock.seconds += 3
+            clock.seconds += 18
             bar.update(step, 4.0 - step / 8, 1234.5)
     assert stream.getvalue().splitlines() == [
-        "tree: step 1/100, loss 3.8750, 1,234 tokens/s, elapsed 0:00:03, left 0:04:57",
-        "tree: step 5/100, loss 3.3750, 1,234 tokens/s, elapsed 0:00:15, left 0:04:45",
-        "tree: step 7/100, loss 3.1250, 1,234 tokens/s, elapsed 0:00:21, left 0:04:39",
+        "tree: step 1/100, loss 3.8750, 1,234 tokens/s, elapsed 0:00:18, left 0:29:42",
+        "tree: step 5/100, loss 3.3750, 1,234 tokens/s, elapsed 0:01:30, left 0:28:30",
+        "tree: step 7/100, loss 3.1250, 1,234 tokens/s, elapsed 0:02:06, left 0:27:54",
     ]
+
+
+def test_a_plain_line_comes_once_a_minute_however_fast_the_steps_are() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with ProgressBar(10**6, stream=stream, clock=clock) as bar:
+        for step in range(1, 100_001):
+            clock.seconds += 1 / 512
+            bar.update(step, 2.0, 1.0)
+    steps = [int(re.search(r"step (\d+)/", line)[1]) for line in stream.getvalue().splitlines()]  # type: ignore[index]
+    assert steps == [1, 1 + 60 * 512, 1 + 2 * 60 * 512, 1 + 3 * 60 * 512, 100_000]
 
 
 def test_the_time_left_of_a_resumed_run_counts_only_its_own_steps() -> None:

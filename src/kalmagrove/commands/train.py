@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
-from kalmagrove.training.config import TrainConfig
+from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import DataConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from kalmagrove.world import World
 
 SHORT = {"--data": "--data.source", "--tokens": "--loop.tokens", "--preset": "--model.preset", "--seed": "--loop.seed"}
 EXAMPLES = """\
@@ -19,8 +26,11 @@ EXAMPLES = """\
   kalmagrove train --data wikitext:wikitext-103-raw-v1 --data.tokenizer gpt2 --preset kalmagrove-base \\
       --loop.context_length 1024 --tokens 1b --out runs/wikitext
 
+  kalmagrove train --nproc 4 --loop.parallel fsdp --preset kalmagrove-large --out runs/large
+
 --data, --tokens, --preset and --seed are short for --data.source, --loop.tokens, --model.preset and --loop.seed.
-The same command in the same folder goes on where it stopped."""
+The same command in the same folder goes on where it stopped, with any number of processes. For several machines:
+torchrun ... -m kalmagrove train ..."""
 
 
 def make_train_parser() -> ArgumentParser:
@@ -28,6 +38,7 @@ def make_train_parser() -> ArgumentParser:
     parser = make_parser("train", "Train one model, or go on with a run that stopped.", EXAMPLES)
     parser.add_class_arguments(TrainConfig)
     parser.add_argument("--out", type=str, required=True, help="the run folder")
+    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, such as one for each GPU")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -36,12 +47,26 @@ def run(words: Sequence[str]) -> None:
     """Trains one model into a run folder."""
     parser = make_train_parser()
     options = build(parser, parse(parser, words, SHORT))
-    config = TrainConfig(data=options.data, model=options.model, optim=options.optim, loop=options.loop)
+    config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
+    if options.nproc < 1:
+        raise UsageError(f"--nproc must be at least 1, got {options.nproc}")
+    from kalmagrove.world import joined_world, world_of_environment
+
+    if options.nproc > 1 and world_of_environment().size == 1:
+        from kalmagrove.training.launch import run_in_processes
+
+        run_in_processes(["train", *words], options.nproc)
+        return
     from kalmagrove.training.environment import keep_freed_memory
     from kalmagrove.training.trainer import train
 
     keep_freed_memory()
-    result = train(config, open_data(config.data), Path(options.out), say=say)
+    with joined_world() as world:
+        data = _open_data_once(config.data, world)
+        if not world.is_first:
+            _train_silently(config, data, Path(options.out), world)
+            return
+        result = train(config, data, Path(options.out), say=say, world=world)
     if options.json:
         print(json.dumps(result, indent=2))
         return
@@ -50,3 +75,22 @@ def run(words: Sequence[str]) -> None:
         f"{options.out}: test perplexity {test['perplexity']:.2f}, {test['bits_per_byte']:.3f} bits per byte, after "
         f"{result['tokens']:,} tokens in {result['seconds']:.0f} s of training steps"
     )
+
+
+def _open_data_once(config: DataConfig, world: World) -> PackedText:
+    """The packed text, made by one process of each machine and opened by the others."""
+    if world.local_rank == 0:
+        data = open_data(config)
+    world.wait()
+    return data if world.local_rank == 0 else open_data(config)
+
+
+def _train_silently(config: TrainConfig, data: PackedText, folder: Path, world: World) -> None:
+    """For the processes beside the first one, which says for all that the run was stopped."""
+    from kalmagrove.training.signals import Interrupted
+    from kalmagrove.training.trainer import train
+
+    try:
+        train(config, data, folder, say=lambda line: None, world=world)
+    except Interrupted as interrupted:
+        sys.exit(interrupted.exit_code)

@@ -17,35 +17,33 @@ def batch_at(
     batch_size: int,
     seed: int,
     step: int,
-    rank: int = 0,
-    world_size: int = 1,
+    rows: range | None = None,
 ) -> np.ndarray:
     """The batch of one training step; a pure function of its arguments.
 
     Windows start ``context_length`` tokens apart, from an offset that each epoch draws anew. An epoch reads each of
-    its windows once, in a seeded order. The sequence of windows does not depend on the batch or world size.
+    its windows once, in a seeded order. The sequence of windows does not depend on the size of the batches.
 
     Args:
         tokens: One-dimensional stream.
         context_length: Tokens that a model reads; a window has one more.
-        batch_size: Windows of one rank.
+        batch_size: Windows of a step.
         seed: Chooses the offsets and orders.
         step: Step number, from 0.
-        rank: Number of this process, from 0.
-        world_size: Processes that share a step.
+        rows: Those of the step's windows that are wanted; all where left out.
 
     Returns:
-        int64 tokens, (batch, context + 1).
+        int64 tokens, (rows, context + 1).
 
     Raises:
         KalmaGroveError: The stream is too short for one window.
         UsageError: The context length is not positive.
     """
     windows = window_count(len(tokens), context_length)
-    first = (step * world_size + rank) * batch_size
-    starts = np.empty(batch_size, dtype=np.int64)
-    for row in range(batch_size):
-        epoch, place = divmod(first + row, windows)
+    wanted = range(batch_size) if rows is None else rows
+    starts = np.empty(len(wanted), dtype=np.int64)
+    for row, number in enumerate(wanted):
+        epoch, place = divmod(step * batch_size + number, windows)
         draw, order = _epoch(windows, seed, epoch)
         # Every offset leaves room for all windows, and the largest lets the last one end at the last token.
         offset = draw % (len(tokens) - windows * context_length)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -33,7 +32,14 @@ from kalmagrove.data.tokenizer import (
     train_tokenizer,
 )
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import fsync_file, fsync_folder, temporary_name, write_json_atomic
+from kalmagrove.files import (
+    fsync_file,
+    fsync_folder,
+    remove,
+    remove_abandoned,
+    temporary_name,
+    write_json_atomic,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -148,6 +154,7 @@ def prepare(
         "valid_fraction": valid_fraction,
         "test_fraction": test_fraction,
     }
+    remove_abandoned(folder)
     if _is_taken(folder):
         return _reuse(folder, inputs)
     content = content_fingerprint(source)
@@ -163,19 +170,19 @@ def prepare(
         used = load_tokenizer(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     try:
         temporary.mkdir()
         _write_folder(temporary, documents(), used, inputs, content, report)
         _take_name(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     return _reuse(folder, inputs)
 
 
 def is_packed(folder: Path) -> bool:
     """Whether this is a folder that `prepare` wrote, to look at: `open_packed` examines it."""
-    return (folder / MANIFEST).is_file() and "tokenizer_fingerprint" in (folder / MANIFEST).read_text("utf-8")
+    return (folder / MANIFEST).is_file() and b"tokenizer_fingerprint" in (folder / MANIFEST).read_bytes()
 
 
 def open_packed(folder: Path, *, verify: bool = True) -> PackedText:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kalmagrove.data.batches import evaluation_windows
 from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def score_tokens(
     vocab_size: int,
     device: torch.device,
     precision: Literal["bf16", "fp32"],
+    world: World = ALONE,
 ) -> Scores:
     """Scores of a whole token stream, each token but the first exactly once.
 
@@ -79,9 +81,12 @@ def score_tokens(
         vocab_size: Of the model.
         device: Of the model.
         precision: Of the forward.
+        world: Processes that share the work, as in `nats_of_windows`.
     """
     windows = evaluation_windows(tokens, context_length=context_length, stride=stride)
-    nats, scored = nats_of_windows(model, windows, vocab_size=vocab_size, device=device, precision=precision)
+    nats, scored = nats_of_windows(
+        model, windows, vocab_size=vocab_size, device=device, precision=precision, world=world
+    )
     return scores_from_nats(nats, tokens=scored, words=words, text_bytes=text_bytes)
 
 

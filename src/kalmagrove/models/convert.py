@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -105,10 +106,18 @@ def from_stock(stock: PreTrainedModel) -> KalmaGroveForCausalLM:
 
 
 def save_model(model: KalmaGroveForCausalLM, folder: Path) -> None:
-    """Writes a Hugging Face folder: a stock one where the configuration is GPT-2's or Llama's."""
+    """Writes a Hugging Face folder: a stock one where the configuration is GPT-2's or Llama's.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
     with _quiet_transformers():
         target: PreTrainedModel = model if stock_family(model.config) is None else to_stock(model)
-        target.save_pretrained(folder)
+        try:
+            target.save_pretrained(folder)
+        except SafetensorError as error:
+            # The library hides the error number of a full disk in its own exception.
+            raise OSError(f"{folder} could not be written: {error}") from error
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:

@@ -6,6 +6,7 @@ tokens -> embedding -> [norm -> attention -> + ; norm -> feed-forward -> +] x la
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,8 +35,12 @@ CACHE_NAME = (
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]
+
     def __init__(self, config: KalmaGroveConfig, layer: int, bases: GroveBases | None) -> None:
         super().__init__()
+        # Set, with a function beside it, by gradient_checkpointing_enable of transformers.
+        self.gradient_checkpointing = False
         make_projection = projection_factory(config, bases, layer)
         self.input_layernorm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.self_attn = MultiResolutionAttention(
@@ -62,6 +67,19 @@ class DecoderLayer(nn.Module):
         state: dict[str, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
         """One layer over ``x`` (batch, sequence, hidden); returns the new ``x`` and this layer's values."""
+        if self.gradient_checkpointing and self.training:
+            # Inside this forward, so that hooks of the layer, as those of a sharded model, run once.
+            return self._gradient_checkpointing_func(self._forward, x, embedded, first_values, where, state)
+        return self._forward(x, embedded, first_values, where, state)
+
+    def _forward(
+        self,
+        x: Tensor,
+        embedded: Tensor,
+        first_values: Tensor | None,
+        where: Placement,
+        state: dict[str, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
         if self.embedding_residual:
             x = weighted_sum(x, embedded, self.residual_mix)
         attended, values = self.self_attn(self.input_layernorm(x), first_values, where, state)
@@ -77,6 +95,7 @@ class KalmaGrovePreTrainedModel(PreTrainedModel):
     # The loss is a mean over the batch that is given: Trainer divides by accumulation steps itself.
     accepts_loss_kwargs = False
     _no_split_modules = ("DecoderLayer",)
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
 
     @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
+from kalmagrove.world import ALONE, World
 
 LOGIT_BUDGET = 1 << 25
 """Logits that are made at once."""
@@ -24,6 +27,7 @@ def nats_of_windows(
     vocab_size: int,
     device: torch.device,
     precision: Literal["bf16", "fp32"],
+    world: World = ALONE,
 ) -> tuple[float, int]:
     """Sum of nats over windows, and the number of tokens that were scored.
 
@@ -33,22 +37,41 @@ def nats_of_windows(
         vocab_size: Of the logits; sets how many windows go through at once.
         device: Of the model.
         precision: Of the products; the softmax is float32.
+        world: Processes that share the windows; all of them call this together and get the same.
     """
     total, scored_tokens = 0.0, 0
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), composed_weights(model):
-            for batch, scored in _equal_batches(windows, vocab_size):
+        with torch.no_grad(), nullcontext() if _is_sharded(model) else composed_weights(model):
+            for batch, scored, counts in _shared_batches(_equal_batches(windows, vocab_size * world.size), world):
                 tokens = torch.from_numpy(batch).to(device)
                 with autocast(precision, device):
                     logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
-                targets = tokens[:, -scored:].flatten()
-                total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-                scored_tokens += targets.numel()
+                if counts:
+                    targets = tokens[:, -scored:].flatten()
+                    total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
+                    scored_tokens += targets.numel()
     finally:
         model.train(was_training)
-    return total, scored_tokens
+    total, scored_sum = world.sum([total, scored_tokens], device)
+    return total, int(scored_sum)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _shared_batches(batches: Iterable[tuple[np.ndarray, int]], world: World) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """This process's batches, each with whether it counts.
+
+    In the last round some processes have none left and repeat what another one scores: the forwards of a sharded model
+    are done by all together.
+    """
+    remaining = iter(batches)
+    while round_of_all := list(islice(remaining, world.size)):
+        place = min(world.rank, len(round_of_all) - 1)
+        yield *round_of_all[place], place == world.rank
 
 
 def _equal_batches(windows: Iterable[tuple[np.ndarray, int]], vocab_size: int) -> Iterator[tuple[np.ndarray, int]]:

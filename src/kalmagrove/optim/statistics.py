@@ -66,15 +66,23 @@ class ActivationStatistics:
         self._gram_rows: Tensor | None = None
         self._grams: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._places: list[tuple[nn.Module, str, int]] = []
+        self._keys_in_forward: dict[int, int | None] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Watches a model's layers."""
+        # A sharded parameter is swapped for another tensor in the forward, at the same place of its module.
+        self._places = [
+            (module, name, id(parameter))
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if id(parameter) in self.block_sizes
+        ]
         for module in model.modules():
             matrices = list(_multiplied(module))
             if not self.block_sizes.keys() & {id(p) for p in matrices}:
                 continue
             self.watched |= {id(p) for p in matrices} & self.block_sizes.keys()
-            # A sharded parameter is swapped for another tensor in the forward: what it was at this time counts.
             single = None if isinstance(module, TellsWeightInputs) else id(matrices[0])
             self._handles.append(module.register_forward_pre_hook(partial(self._observe, single), with_kwargs=True))
 
@@ -83,6 +91,7 @@ class ActivationStatistics:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._places, self._keys_in_forward = [], {}
 
     @torch.compiler.disable
     def _observe(self, single: int | None, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -96,8 +105,17 @@ class ActivationStatistics:
                 return
             assert isinstance(module, TellsWeightInputs)
             for parameter, seen in module.weight_inputs(rows):
-                if id(parameter) in self.block_sizes:
-                    self._add(id(parameter), seen)
+                key = self._key(parameter)
+                if key is not None:
+                    self._add(key, seen)
+
+    def _key(self, parameter: Tensor) -> int | None:
+        """The ``id`` that a parameter had when the watch began; None where nobody asked for its inputs."""
+        key = id(parameter)
+        if key not in self.block_sizes and key not in self._keys_in_forward:
+            in_forward = {id(module._parameters[name]): before for module, name, before in self._places}
+            self._keys_in_forward |= {key: None} | in_forward
+        return key if key in self.block_sizes else self._keys_in_forward[key]
 
     def _is_repeated(self, module: nn.Module) -> bool:
         """Whether this forward runs inside a backward, and was counted before it."""

@@ -10,13 +10,13 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import fsync_file, fsync_folder, temporary_name
+from kalmagrove.files import fsync_file, fsync_folder, remove, temporary_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +76,7 @@ def save_checkpoint(
     optimizer: Mapping[str, Any],
     progress: Mapping[str, Any],
     keep_last: int = 2,
+    keep_steps: Collection[int] = frozenset(),
 ) -> Path:
     """Write one checkpoint completely before it gets its name, then remove the oldest.
 
@@ -88,6 +89,7 @@ def save_checkpoint(
         optimizer: A `torch.optim.Optimizer.state_dict()`: nested dicts, lists and tuples of tensors and plain values.
         progress: Any JSON values with string keys that a resumed run needs; tuples come back as lists.
         keep_last: How many checkpoints to keep, this one included, among those up to this step.
+        keep_steps: Steps whose checkpoints stay beside those.
 
     Returns:
         The new checkpoint's folder.
@@ -100,7 +102,7 @@ def save_checkpoint(
         raise ValueError(f"keep_last must be at least 1, not {keep_last}")
     folder.mkdir(parents=True, exist_ok=True)
     _remove_temporaries(folder)
-    final = folder / f"step-{step:08d}"
+    final = checkpoint_path(folder, step)
     temporary = temporary_name(final)
     try:
         temporary.mkdir()
@@ -111,8 +113,13 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(folder)
-    _prune(folder, step, keep_last)
+    _prune(folder, step, keep_last, keep_steps)
     return final
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies in a run's folder of checkpoints."""
+    return folder / f"step-{step:08d}"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -171,7 +178,7 @@ def _named_checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
 def _remove_temporaries(folder: Path) -> None:
     for path in folder.iterdir():
         if _TEMPORARY_NAME.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
@@ -190,11 +197,11 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         raise
 
 
-def _prune(folder: Path, step: int, keep_last: int) -> None:
+def _prune(folder: Path, step: int, keep_last: int, keep_steps: Collection[int]) -> None:
     older = sorted((entry for entry in _named_checkpoints(folder) if entry[0] <= step), reverse=True)
     kept_steps = [entry_step for entry_step, has_own_name, _ in older if has_own_name][:keep_last]
     for entry_step, has_own_name, path in older:
-        if not has_own_name or entry_step not in kept_steps:
+        if not has_own_name or entry_step not in (*kept_steps, *keep_steps):
             _remove_checkpoint(path)
 
 
@@ -202,7 +209,7 @@ def _remove_checkpoint(path: Path) -> None:
     # Without its name first, so that a crash in between leaves no half checkpoint to be found.
     unnamed = path.with_name(f"{temporary_name(path).name}-removed")
     os.rename(path, unnamed)
-    shutil.rmtree(unnamed, ignore_errors=True)
+    remove(unnamed)
 
 
 def _write_content(

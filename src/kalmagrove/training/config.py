@@ -22,6 +22,8 @@ from kalmagrove.models.choices import (
 OptimizerName = Literal["kalma", "adamw", "muon"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
+Parallel = Literal["ddp", "fsdp"]
+TrackerName = Literal["tensorboard", "trackio"]
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,12 @@ class LoopConfig:
         device: auto, cpu, cuda, cuda:N or mps.
         log_every: Steps between lines of metrics.jsonl.
         eval_every: Steps between evaluations on a part of the validation split; 0 is 10 in the whole run.
-        save_every: Steps between checkpoints.
-        keep_last: Checkpoints that are kept.
+        save_every: Steps between checkpoints, or the time between them, such as 10m.
+        save_in_background: Write checkpoints from a copy in memory while the training goes on.
+        keep_last: Newest checkpoints that are kept.
+        keep_best: Checkpoints that are kept for the lowest loss of their evaluations, beside the newest.
+        parallel: With several processes: ddp, each has the whole model; or fsdp, each has a part.
+        activation_checkpointing: Make a layer's activations again in the backward, for less memory and more time.
         grow_rank: New ranks of Grove's projections by the step that they come before, e.g. {500: 64}.
     """
 
@@ -227,15 +233,19 @@ class LoopConfig:
     device: str = "auto"
     log_every: int = 10
     eval_every: int = 0
-    save_every: int = 250
+    save_every: int | str = 250
+    save_in_background: bool = True
     keep_last: int = 2
+    keep_best: int = 0
+    parallel: Parallel = "ddp"
+    activation_checkpointing: bool = False
     grow_rank: dict[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "context_length", "log_every", "save_every", "keep_last"):
+        for name in ("batch_size", "context_length", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UsageError(f"loop.{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "eval_every"):
+        for name in ("seed", "eval_every", "keep_best"):
             if getattr(self, name) < 0:
                 raise UsageError(f"loop.{name} must not be negative, got {getattr(self, name)}")
         if self.seed >= 2**63:
@@ -244,6 +254,8 @@ class LoopConfig:
             raise UsageError(
                 f"loop.micro_batch_size {self.micro_batch_size} does not divide loop.batch_size {self.batch_size}"
             )
+        if (self.save_steps or self.save_seconds or 0) <= 0:
+            raise UsageError(f"loop.save_every must be at least one step or more than no time, got {self.save_every}")
         if self.total_steps < 1:
             raise UsageError(
                 f"loop.tokens {self.tokens} is less than one batch of {self.tokens_per_step} tokens "
@@ -259,23 +271,59 @@ class LoopConfig:
         return self.batch_size * self.context_length
 
     @property
+    def save_steps(self) -> int | None:
+        """Steps between checkpoints, None where a time is given."""
+        return int(self.save_every) if str(self.save_every).isdecimal() else None
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Seconds between checkpoints, None where a number of steps is given."""
+        return None if self.save_steps is not None else parse_duration(str(self.save_every))
+
+    @property
     def total_steps(self) -> int:
         """Whole optimiser steps that the tokens are enough for."""
         return parse_count(self.tokens) // self.tokens_per_step
 
 
-NEUTRAL_OPTIONS = frozenset({"loop.log_every", "loop.save_every", "loop.keep_last", "data.folder"})
-"""Options that change nothing about what is computed, so that a run may go on with others."""
+NEUTRAL_OPTIONS = frozenset(
+    {
+        "loop.log_every",
+        "loop.save_every",
+        "loop.save_in_background",
+        "loop.keep_last",
+        "loop.keep_best",
+        "loop.micro_batch_size",
+        "loop.parallel",
+        "loop.activation_checkpointing",
+        "loop.device",
+        "data.folder",
+        "track",
+        "energy",
+    }
+)
+"""Options that change how a run is done but not what is computed, up to rounding, so that it may go on with others."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that a training run depends on."""
+    """Everything that a training run depends on, and how it is watched.
+
+    Attributes:
+        data: The text.
+        model: The preset and what replaces it.
+        optim: The optimiser and its schedule.
+        loop: Length and portions.
+        track: Keep the metrics for this tool too, in the run folder; metrics.jsonl is always written.
+        energy: Count the electricity of the run with codecarbon.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    track: TrackerName | None = None
+    energy: bool = False
 
 
 def plain_options(config: Any) -> dict[str, Any]:

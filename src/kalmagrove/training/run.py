@@ -15,13 +15,17 @@ from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.accounting import build_empty
 from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.growing import grow_rank
 from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.optim.build import build_optimizers, keep_state, scale_learning_rates
+from kalmagrove.optim.distributed import whole_tensor
 from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
 from kalmagrove.training.checkpoint import Checkpoint
 from kalmagrove.training.config import TrainConfig
+from kalmagrove.training.parallel import ParallelLoss, check_batch, load_whole_model, load_whole_optimizer, whole_state
+from kalmagrove.world import ALONE, World
 
 VALIDATION_TOKENS = 32768
 """Tokens of the validation split that are read while training goes on."""
@@ -54,16 +58,22 @@ class TrainingRun:
     Args:
         config: Everything that the run depends on.
         data: The packed text; its training split must hold one sequence.
+        world: The processes that train together; each of them makes a run of its own.
+
+    Attributes:
+        step: Optimiser steps that are done.
+        is_whole: Whether the parameters are those after this step: not while a step changes them.
 
     Raises:
-        UsageError: The configuration does not fit the data or the machine.
+        UsageError: The configuration does not fit the data, the machine or the number of processes.
     """
 
-    def __init__(self, config: TrainConfig, data: PackedText) -> None:
-        self.config, self.data = config, data
+    def __init__(self, config: TrainConfig, data: PackedText, world: World = ALONE) -> None:
+        self.config, self.data, self.world = config, data, world
         loop = config.loop
+        check_batch(loop, world)
         try:
-            self.device = choose_device(loop.device)
+            self.device = choose_device(loop.device, local_rank=world.local_rank if world.size > 1 else None)
             self.precision = choose_precision(loop.precision, self.device)
         except ValueError as error:
             raise UsageError(f"loop: {error}") from error
@@ -79,10 +89,14 @@ class TrainingRun:
             self.model = build_model(self.model_config, loop.seed).to(self.device).train()
         except ValueError as error:
             raise UsageError(f"model: {error}") from error
+        if loop.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self._check_growth()
+        # Too little text is an error here, before step 1.
+        example = self.batch(0)[:1].to(self.device)
+        self.loss = ParallelLoss(self.model, world, loop.parallel, example=example)
         self.optimizers = self._build_optimizers()
-        self.step = 0
-        self.batch(0)  # Too little text is an error before step 1.
+        self.step, self.is_whole = 0, True
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         optim = self.config.optim
@@ -128,8 +142,9 @@ class TrainingRun:
         return self.step >= self.total_steps
 
     def batch(self, step: int) -> torch.Tensor:
-        """The tokens of a step, (batch, context + 1)."""
-        loop = self.config.loop
+        """This process's part of the tokens of a step, (sequences, context + 1)."""
+        loop, world = self.config.loop, self.world
+        first, end = (loop.batch_size * place // world.size for place in (world.rank, world.rank + 1))
         return torch.from_numpy(
             batch_at(
                 self.tokens,
@@ -137,6 +152,7 @@ class TrainingRun:
                 batch_size=loop.batch_size,
                 seed=loop.seed,
                 step=step,
+                rows=range(first, end),
             )
         )
 
@@ -158,31 +174,35 @@ class TrainingRun:
         tokens = self.batch(self.step).to(self.device)
         loss = self._accumulate(tokens, loop.micro_batch_size or loop.batch_size)
         limit = optim.grad_clip if optim.grad_clip > 0 else math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
+        grad_norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)))
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             self.model.zero_grad(set_to_none=True)
             what = f"the norm of the gradient is {grad_norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise TrainingDiverged(
                 f"{what} at step {self.step + 1}; lower optim.lr or optim.lr_scale, or use loop.precision fp32"
             )
+        self.is_whole = False
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.step, self.is_whole = self.step + 1, True
         lr = self.optimizers[0].param_groups[0]["lr"]
         synchronize(self.device)
         return StepResult(loss, grad_norm, lr, time.perf_counter() - started)
 
     def _accumulate(self, tokens: torch.Tensor, micro_batch_size: int) -> float:
         """Gradients of the mean loss over the whole batch, however it is cut; returns that mean."""
-        count = tokens[:, 1:].numel()
+        count = self.config.loop.tokens_per_step
         total = 0.0
-        for part in tokens.split(micro_batch_size):
-            with autocast(self.precision, self.device):
-                nats = self.model.token_loss_sum(part[:, :-1], part[:, 1:])
-            (nats / count).backward()
+        parts = tokens.split(micro_batch_size)
+        for number, part in enumerate(parts, start=1):
+            with self.loss.without_averaging(last=number == len(parts)):
+                with autocast(self.precision, self.device):
+                    nats = self.loss.compute(part[:, :-1], part[:, 1:])
+                # Gradients are averaged over the processes, and this mean is over all of their tokens.
+                (nats * (self.world.size / count)).backward()
             total += float(nats.detach())
-        return total / count
+        return self.world.sum([total], self.device)[0] / count
 
     def validation_loss(self) -> float:
         """Mean nats a token over the first part of the validation split, or of all where it is small."""
@@ -194,20 +214,30 @@ class TrainingRun:
             vocab_size=self.model_config.vocab_size,
             device=self.device,
             precision=self.precision,
+            world=self.world,
         )
         return nats / max(1, count)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds: ``model``, ``optimizer`` and ``progress``."""
+        """What a checkpoint holds: ``model``, ``optimizer`` and ``progress``; all processes ask for it together."""
         return {
-            "model": self.model.state_dict(),
-            "optimizer": {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]},
+            "model": whole_state(self.model.state_dict()),
+            "optimizer": {"optimizers": [whole_state(optimizer.state_dict()) for optimizer in self.optimizers]},
             "progress": {
                 "step": self.step,
                 "tokens": self.step * self.config.loop.tokens_per_step,
                 "data_fingerprint": self.data.fingerprint,
             },
         }
+
+    def whole_model(self) -> KalmaGroveForCausalLM:
+        """The model with all of its parameters; all processes must ask for it together."""
+        if not self.loss.sharded:
+            return self.model
+        state = whole_state(self.model.state_dict())
+        model = build_model(copy.deepcopy(self.model_config), self.config.loop.seed)
+        model.load_state_dict(state)
+        return model
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on from a checkpoint.
@@ -222,7 +252,7 @@ class TrainingRun:
         for step, rank in self._growth():
             if step < int(checkpoint.progress["step"]):
                 self._grow(step, rank)
-        self.model.load_state_dict(checkpoint.model)
+        load_whole_model(self.model, checkpoint.model)
         for optimizer, state in zip(self.optimizers, checkpoint.optimizer["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            load_whole_optimizer(optimizer, state)
         self.step = int(checkpoint.progress["step"])

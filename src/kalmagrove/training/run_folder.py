@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.files import remove, write_json_atomic, write_text_atomic
 
 _LOCK = ".lock"
 _ABSENT = "(absent)"
@@ -197,8 +197,7 @@ def _require_run_folder_or_empty(run: RunFolder) -> None:
 
 def _remove_temporaries(folder: Path) -> None:
     for path in folder.glob(".*.tmp-*"):
-        if path.is_file():
-            path.unlink()
+        remove(path)
 
 
 def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_changed: frozenset[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +10,19 @@ from typing import Any
 
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.tokenizer import save_tokenizer
-from kalmagrove.files import write_json_atomic
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import remove, replace_folder, temporary_name, write_json_atomic
 from kalmagrove.models.convert import save_model
-from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
+from kalmagrove.training.checkpoint import checkpoint_path, latest_checkpoint
 from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
+from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
 from kalmagrove.training.run import StepResult, TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
+from kalmagrove.training.saving import CheckpointWriter
+from kalmagrove.training.trackers import TrackedMetrics, check_tracker
 from kalmagrove.training.tracking import MetricsWriter
+from kalmagrove.world import ALONE, World
 
 EVALUATIONS = 10
 
@@ -28,22 +34,44 @@ class TrainingSession:
         config: The run's configuration; the folder must be new, empty, or of the same configuration.
         data: The packed text.
         folder: The run folder.
+        world: The processes that train together; the first of them alone writes. All must see the folder.
         warn: Told in one line about each damaged checkpoint that was passed over.
+
+    Raises:
+        KalmaGroveError: The folder belongs to another run, or there are checkpoints and none of them is whole.
     """
 
     def __init__(
-        self, config: TrainConfig, data: PackedText, folder: Path, *, warn: Callable[[str], None] = lambda _: None
+        self,
+        config: TrainConfig,
+        data: PackedText,
+        folder: Path,
+        *,
+        world: World = ALONE,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         # Wrong options are found before anything is written.
-        self.run = TrainingRun(config, data)
-        self.folder: RunFolder = open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
-        self.seconds, self.saved_step = 0.0, -1
+        check_tracker(config.track)
+        check_energy(config.energy)
+        self.run, self.world = TrainingRun(config, data, world), world
+        self.folder = (
+            open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
+            if world.is_first
+            else RunFolder(folder)
+        )
+        world.wait()
+        self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
+        self.evaluations: dict[int, float] = {}
+        self.writer = CheckpointWriter(self.folder.checkpoints_path, asynchronous=config.loop.save_in_background)
+        self.metrics: TrackedMetrics | None = None
+        self.energy: EnergyMeter | None = None
         try:
             # A complete folder is only read.
             if not self.finished:
                 self._resume(warn)
             self.resumed_from = self.run.step
         except BaseException:
+            self._end_watching()
             self.folder.release()
             raise
 
@@ -55,14 +83,38 @@ class TrainingSession:
             self.run.restore(checkpoint)
             self.seconds = float(checkpoint.progress["seconds"])
             self.saved_step = self.run.step
-        self.folder.truncate_metrics(self.run.step)
-        self.metrics = MetricsWriter(self.folder.metrics_path)
-        if not self.folder.environment_path.exists():
-            write_json_atomic(self.folder.environment_path, describe_environment())
+        elif damaged:
+            raise KalmaGroveError(
+                f"no checkpoint in {self.folder.checkpoints_path} is whole; put one back from a copy, or delete that "
+                "folder to train from the start"
+            )
+        self._agree_on_the_start()
+        if self.world.is_first:
+            self.folder.truncate_metrics(self.run.step)
+            self.metrics = TrackedMetrics(MetricsWriter(self.folder.metrics_path), self.run.config.track, self.folder)
+            if self.run.config.energy:
+                earlier = checkpoint.progress.get("energy") if checkpoint is not None else None
+                self.energy = EnergyMeter(self.folder.path, earlier=earlier, whole_machine=self.world.size > 1)
+            if not self.folder.environment_path.exists():
+                write_json_atomic(self.folder.environment_path, describe_environment())
+        self.world.wait()
+        self.evaluations = {
+            record["step"]: float(record["valid_loss"])
+            for record in self.folder.read_metrics()
+            if record.get("valid_loss") is not None
+        }
         # The evaluation of this step may have been what the run died in.
-        evaluated = {record["step"] for record in self.folder.read_metrics() if "valid_loss" in record}
-        if self.run.step > 0 and self._evaluation_due() and self.run.step not in evaluated:
+        if self.run.step > 0 and self._evaluation_due() and self.run.step not in self.evaluations:
             self._evaluate()
+
+    def _agree_on_the_start(self) -> None:
+        newest = self.world.largest([self.run.step], self.run.device)[0]
+        same = self.world.largest([self.run.step != newest], self.run.device)[0] == 0
+        if not same:
+            raise KalmaGroveError(
+                f"process {self.world.rank} starts at step {self.run.step} and another one at step {newest:.0f}; all "
+                f"machines must see the same run folder {self.folder.path}"
+            )
 
     @property
     def finished(self) -> bool:
@@ -83,32 +135,53 @@ class TrainingSession:
         try:
             result = self.run.train_step()
         except TrainingDiverged as error:
+            self._write({"step": self.run.step + 1, "diverged": str(error)})
             kept = f"the last good checkpoint is step {self.saved_step}" if self.saved_step >= 0 else "none was saved"
             raise TrainingDiverged(f"{error}; {kept} in {self.folder.path}") from None
         self.seconds += result.seconds
         loop, step = self.run.config.loop, self.run.step
         if step % loop.log_every == 0 or self._evaluation_due():
-            self.metrics.write(self._record(result))
+            self._write(self._record(result))
         # Saving comes before the evaluation: a crash there loses nothing.
-        if step % loop.save_every == 0 or self.run.done:
+        if self._saving_due():
             self.save()
         if self._evaluation_due():
             self._evaluate()
         return result
+
+    def _saving_due(self) -> bool:
+        loop = self.run.config.loop
+        if self.run.done or loop.save_steps is not None:
+            return self.run.done or self.run.step % (loop.save_steps or 1) == 0
+        passed = time.monotonic() - self.saved_at
+        return self.world.largest([passed], self.run.device)[0] >= (loop.save_seconds or 0.0)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.metrics is not None:
+            self.metrics.write(record)
 
     def _evaluation_due(self) -> bool:
         every = self.run.config.loop.eval_every or max(1, -(-self.run.total_steps // EVALUATIONS))
         return self.run.step % every == 0 or self.run.done
 
     def _evaluate(self) -> None:
-        self.metrics.write(
+        loss, step = self.run.validation_loss(), self.run.step
+        self._write(
             {
-                "step": self.run.step,
-                "tokens": self.run.step * self.run.config.loop.tokens_per_step,
+                "step": step,
+                "tokens": step * self.run.config.loop.tokens_per_step,
                 "seconds": self.seconds,
-                "valid_loss": self.run.validation_loss(),
+                "valid_loss": loss,
             }
         )
+        self.evaluations[step] = loss
+        if step in self._best_steps() and self.saved_step != step:
+            self.save()
+
+    def _best_steps(self) -> list[int]:
+        """Steps whose checkpoints are kept for their loss."""
+        finite = [step for step, loss in self.evaluations.items() if math.isfinite(loss)]
+        return sorted(finite, key=self.evaluations.__getitem__)[: self.run.config.loop.keep_best]
 
     def _record(self, result: StepResult) -> dict[str, Any]:
         tokens_per_step = self.run.config.loop.tokens_per_step
@@ -125,37 +198,77 @@ class TrainingSession:
         }
 
     def save(self) -> Path:
-        """Writes a checkpoint of the present step, once."""
-        state = self.run.state()
-        state["progress"]["seconds"] = self.seconds
-        path = save_checkpoint(
-            self.folder.checkpoints_path, step=self.run.step, keep_last=self.run.config.loop.keep_last, **state
-        )
-        self.saved_step = self.run.step
-        return path
+        """Writes a checkpoint of the present step, or begins to; all processes must call this together.
+
+        Returns:
+            The checkpoint's folder, which is there after :meth:`wait_for_saving`.
+
+        Raises:
+            OSError: This or the last checkpoint could not be written.
+        """
+        state, step = self.run.state(), self.run.step
+        state["progress"] |= {"seconds": self.seconds, "config": plain_options(self.run.config)}
+        if self.energy is not None:
+            state["progress"]["energy"] = self.energy.used()
+        if self.metrics is not None:
+            # A run goes on after its checkpoint, so the lines before it must not get lost.
+            self.metrics.sync()
+        if self.world.is_first:
+            self.writer.save(state, step=step, keep_last=self.run.config.loop.keep_last, keep_steps=self._best_steps())
+        self.saved_step, self.saved_at = step, time.monotonic()
+        return checkpoint_path(self.folder.checkpoints_path, step)
+
+    def wait_for_saving(self) -> None:
+        """Returns when every checkpoint is on the disk.
+
+        Raises:
+            OSError: The last one could not be written.
+        """
+        self.writer.wait()
 
     def export(self) -> Path:
-        """Writes the model as a Hugging Face folder with its tokeniser."""
+        """Writes the model as a Hugging Face folder with its tokeniser; all processes must call this together."""
         path = self.folder.model_path
-        temporary = path.with_name(".model.partial")
-        save_model(self.run.model, temporary)
-        save_tokenizer(self.run.data.load_tokenizer(), temporary, context_length=self.run.config.loop.context_length)
-        if path.exists():
-            _remove_tree(path)
-        temporary.rename(path)
+        model = self.run.whole_model()
+        if not self.world.is_first:
+            return path
+        temporary = temporary_name(path)
+        remove(temporary)
+        try:
+            save_model(model, temporary)
+            save_tokenizer(
+                self.run.data.load_tokenizer(), temporary, context_length=self.run.config.loop.context_length
+            )
+            replace_folder(temporary, path)
+        finally:
+            remove(temporary)
         return path
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the model and then the result; a folder with a result is complete."""
+        self.wait_for_saving()
+        best = [{"step": step, "valid_loss": self.evaluations[step]} for step in self._best_steps()]
+        whole_result = result | {"seconds": self.seconds, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.export()
-        self.folder.write_result(result | {"seconds": self.seconds, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        if self.energy is not None:
+            whole_result |= self.energy.result()
+        if self.world.is_first:
+            self.folder.write_result(whole_result | ({"best_checkpoints": best} if best else {}))
+        self.world.wait()
 
     def close(self) -> None:
-        """Gives the folder free."""
-        self.folder.release()
+        """Gives the folder free when the checkpoint that is being written is on the disk.
 
+        Raises:
+            OSError: It could not be written.
+        """
+        try:
+            self.wait_for_saving()
+        finally:
+            self._end_watching()
+            self.folder.release()
 
-def _remove_tree(path: Path) -> None:
-    import shutil
-
-    shutil.rmtree(path)
+    def _end_watching(self) -> None:
+        for watcher in (self.metrics, self.energy):
+            if watcher is not None:
+                watcher.close()

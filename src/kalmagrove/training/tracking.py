@@ -9,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from kalmagrove.files import finite_or_null
+from kalmagrove.files import finite_or_null, fsync_file
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 60.0
 
 
 class MetricsWriter:
@@ -29,20 +29,39 @@ class MetricsWriter:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_cut_line(path)
+        self._bytes = path.stat().st_size if path.exists() else 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record.
 
         Args:
             record: JSON values by name; floats that are not finite are written as null.
+
+        Raises:
+            OSError: The disk did not take it; the next call removes a part that it took.
         """
-        line = json.dumps(finite_or_null(record), allow_nan=False)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        line = json.dumps(finite_or_null(record), allow_nan=False).encode() + b"\n"
+        with self._path.open("ab") as file:
+            if file.tell() > self._bytes:
+                file.truncate(self._bytes)
+            file.write(line)
+            file.flush()
+            size = file.tell()
+        self._bytes = size
+
+    def sync(self) -> None:
+        """Wait until every record is on the disk, as before a checkpoint that they must not fall behind.
+
+        Raises:
+            OSError: The disk did not take them.
+        """
+        if self._path.exists():
+            fsync_file(self._path)
 
 
 class ProgressBar:
-    """Show on stderr how far a run is, as a live bar on a terminal and as occasional plain lines elsewhere.
+    """Show on stderr how far a run is, as a live bar on a terminal and as a plain line a minute elsewhere:
+    the first at once, the last at the end.
 
     Use it as a context manager and call `update` after each step.
     """

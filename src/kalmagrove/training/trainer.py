@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.evaluation.perplexity import Scores, score_tokens
 from kalmagrove.models.accounting import count_parameters, training_flops_per_token
 from kalmagrove.optim.groups import describe_groups, kalma_groups
@@ -16,9 +21,12 @@ from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.tracking import ProgressBar
+from kalmagrove.world import ALONE, World, is_lost_connection
 
 
-def train(config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
+def train(
+    config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[[str], None], world: World = ALONE
+) -> dict[str, Any]:
     """Trains, or goes on from the folder's last valid checkpoint, and returns what ``result.json`` holds.
 
     Args:
@@ -26,13 +34,15 @@ def train(config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[
         data: The packed text.
         folder: The run folder.
         say: Told what a person wants to know, a line at a time.
+        world: The processes that train together; each of them calls this.
 
     Raises:
         Interrupted: A signal came; the state was saved.
+        ProcessLost: Another process is gone; where the parameters were whole, the state was saved.
         TrainingDiverged: The loss is not a number.
         KalmaGroveError: The folder belongs to another run, or the data does not fit.
     """
-    session = TrainingSession(config, data, folder, warn=lambda line: say(f"passed over {line}"))
+    session = TrainingSession(config, data, folder, world=world, warn=lambda line: say(f"passed over {line}"))
     try:
         done = session.folder.read_result()
         if done is not None:
@@ -49,6 +59,10 @@ def train(config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[
         }
         session.finish(result)
         return session.folder.read_result() or result
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise ProcessLost(f"process {world.rank} lost the connection to another one; all steps are saved") from error
     finally:
         session.close()
 
@@ -58,7 +72,7 @@ def describe_run(run: TrainingRun) -> list[str]:
     parameters = count_parameters(run.model)
     lines = [
         f"{run.config.model.preset}: {parameters.total:,} parameters ({parameters.non_embedding:,} without embeddings)",
-        f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {run.device.type}, {run.precision}",
+        f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {describe_device(run)}",
     ]
     optim = run.config.optim
     groups = kalma_groups(run.model, weight_decay=optim.weight_decay, **optim.peak_rates())
@@ -67,17 +81,51 @@ def describe_run(run: TrainingRun) -> list[str]:
     return [*lines, *describe_groups(shown).splitlines()]
 
 
+def describe_device(run: TrainingRun) -> str:
+    """Device, number type, and on a CPU its threads."""
+    threads = f", threads: {torch.get_num_threads()}" if run.device.type == "cpu" else ""
+    return f"{run.device.type}, {run.precision}{threads}"
+
+
+class ProcessLost(KalmaGroveError):
+    """A step could not be done together, because another process ended or its machine cannot be reached."""
+
+
 def _run_to_the_end(session: TrainingSession) -> None:
-    run = session.run
-    with StopRequest() as stop, ProgressBar(run.total_steps, start_step=run.step) as progress:
+    run, world = session.run, session.world
+    with StopRequest() as stop, _progress_of(session) as progress:
         while not run.done:
-            result = session.advance()
+            try:
+                result = session.advance()
+                number = int(world.largest([stop.number or 0], run.device)[0])
+            except RuntimeError as error:
+                if not is_lost_connection(error):
+                    raise
+                # The signal by which a launcher ends the processes that are left must not end this.
+                raise ProcessLost(_save_alone(session)) from error
             progress.update(run.step, result.loss, run.config.loop.tokens_per_step / result.seconds)
-            if stop.number is not None and not run.done:
+            if number and not run.done:
                 path = session.save()
+                session.wait_for_saving()
                 raise Interrupted(
-                    stop.number, f"stopped at step {run.step}; saved {path}; the same command goes on from there"
+                    number, f"stopped at step {run.step}; saved {path}; the same command goes on from there"
                 )
+
+
+def _progress_of(session: TrainingSession) -> ProgressBar:
+    shown = sys.stderr if session.world.is_first else io.StringIO()
+    return ProgressBar(session.run.total_steps, start_step=session.run.step, stream=shown)
+
+
+def _save_alone(session: TrainingSession) -> str:
+    """Saves what this process can without the others; says what happened."""
+    run = session.run
+    lost = f"process {session.world.rank} lost the connection to another one after step {run.step}"
+    if run.loss.sharded or not run.is_whole or not session.world.is_first:
+        return f"{lost}; the same command goes on from the last checkpoint"
+    path = session.save()
+    session.wait_for_saving()
+    return f"{lost}; saved {path}; the same command goes on from there"
 
 
 def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:
@@ -114,4 +162,5 @@ def score_split(run: TrainingRun, split: str) -> Scores:
         vocab_size=run.model_config.vocab_size,
         device=run.device,
         precision=run.precision,
+        world=run.world,
     )

@@ -1,0 +1,102 @@
+"""``kalmagrove watch``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsonargparse import ArgumentParser
+
+from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.run_view import line, view
+from kalmagrove.training.watching import FolderWatch, RunState
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_LINES = 60.0
+EXAMPLES = """\
+  kalmagrove watch runs/mine
+  kalmagrove watch runs/book --once        (a comparison: all of its runs, once)
+  kalmagrove watch runs/mine --once --json
+
+It only reads, so it can begin and end at any time; Ctrl-C ends it and leaves the run alone."""
+
+
+def make_watch_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove watch``."""
+    parser = make_parser(
+        "watch",
+        "Follow a run, or the runs of a comparison, that another process trains: live on a terminal, a line a minute "
+        "elsewhere.",
+        EXAMPLES,
+        configurable=False,
+    )
+    parser.add_argument("folder", type=Path, help="the folder that --out of train or compare names")
+    parser.add_argument("--once", action="store_true", help="show how it stands now and end")
+    parser.add_argument("--json", action="store_true", help="print JSON, a line for each run in the place of text")
+    return parser
+
+
+def run(words: Sequence[str]) -> None:
+    """Follows a run until it is finished or has diverged."""
+    from rich.console import Console
+
+    options = parse(make_watch_parser(), words)
+    console = Console()
+    watch = FolderWatch(options.folder)
+    try:
+        if console.is_terminal and not console.is_dumb_terminal and not options.json:
+            follow_live(watch, console, once=options.once)
+        else:
+            follow_in_lines(watch, once=options.once, as_json=options.json)
+    except KeyboardInterrupt:
+        return
+
+
+def follow_live(watch: FolderWatch, console: Console, *, once: bool) -> None:
+    """Redraws a view until nothing more will come."""
+    from rich.live import Live
+
+    def shown(states: list[RunState]) -> None:
+        live.update(view(states, console, title=str(watch.folder), is_comparison=watch.is_comparison), refresh=True)
+
+    with Live(console=console, auto_refresh=False) as live:
+        shown(states := watch.read())
+        while not once and not watch.has_ended(states):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            shown(states := watch.read())
+
+
+def follow_in_lines(
+    watch: FolderWatch,
+    *,
+    once: bool,
+    as_json: bool,
+    say: Callable[[str], None] = lambda text: print(text, flush=True),
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Prints every run at once, then once a minute those that went on, and any whose status changed."""
+    printed: dict[str, tuple[float, RunState]] = {}
+    while True:
+        states = watch.read()
+        for state in states:
+            if _is_due(state, printed.get(state.name), clock()):
+                printed[state.name] = clock(), state
+                say(json.dumps(state.to_dict()) if as_json else line(state))
+        if once or watch.has_ended(states):
+            return
+        sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _is_due(state: RunState, printed: tuple[float, RunState] | None, now: float) -> bool:
+    if printed is None:
+        return True
+    moment, earlier = printed
+    went_on = (state.step, state.valid_loss) != (earlier.step, earlier.valid_loss)
+    return state.status != earlier.status or (went_on and now - moment >= SECONDS_BETWEEN_LINES)

@@ -1,0 +1,134 @@
+"""One model over several processes: copies with averaged gradients (DDP), or in shards (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kalmagrove.errors import UsageError
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.optim.distributed import as_shard, whole_tensor
+from kalmagrove.training.config import LoopConfig, Parallel
+from kalmagrove.world import World
+
+SHARDED_STATES = frozenset({"momentum", "momentum_buffer", "exp_avg", "exp_avg_sq"})
+"""What optimisers keep in the shards of its parameter; everything else is whole on every process."""
+
+LossSum = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_batch(loop: LoopConfig, world: World) -> None:
+    """That every process gets its part of a batch.
+
+    Raises:
+        UsageError: There are too few sequences, or they cannot be divided as sharding needs.
+    """
+    if loop.batch_size < world.size:
+        raise UsageError(f"loop.batch_size {loop.batch_size} is too small for {world.size} processes; give each one")
+    if world.size > 1 and loop.parallel == "fsdp" and loop.batch_size % world.size:
+        raise UsageError(
+            f"loop.parallel fsdp divides loop.batch_size {loop.batch_size} evenly, and {world.size} processes cannot; "
+            "use a multiple, or ddp"
+        )
+
+
+class _TokenLossSum(nn.Module):
+    """The loss as a forward: DDP prepares its backward there."""
+
+    def __init__(self, model: KalmaGroveForCausalLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+        return self.model.token_loss_sum(input_ids, targets)
+
+
+class ParallelLoss:
+    """The sum of nats of a batch, with gradients that are averaged over the processes.
+
+    With "fsdp" the model's parameters are replaced by shards, so optimisers are made after this.
+
+    Args:
+        model: On its device; the same on every process.
+        world: The processes.
+        parallel: ddp keeps the whole model on each of them, fsdp a part.
+        example: Tokens of one sequence of the run's length, (1, context + 1).
+
+    Attributes:
+        compute: The loss of (input_ids, targets), both (batch, sequence).
+        sharded: Whether a process has only a part of the parameters.
+    """
+
+    def __init__(self, model: KalmaGroveForCausalLM, world: World, parallel: Parallel, *, example: Tensor) -> None:
+        self._model, self._wrapped = model, None
+        self.sharded = world.size > 1 and parallel == "fsdp"
+        if self.sharded:
+            _shard(model)
+        self.compute: LossSum = model.token_loss_sum
+        if world.size > 1 and not self.sharded:
+            self._wrapped = nn.parallel.DistributedDataParallel(
+                _TokenLossSum(model), find_unused_parameters=_has_unused_parameters(model, example)
+            )
+            self.compute = self._wrapped
+
+    def without_averaging(self, last: bool) -> AbstractContextManager[Any]:
+        """For the parts of a batch: gradients travel once, with the last part."""
+        if self.sharded:
+            self._model.set_requires_gradient_sync(last)
+        if self._wrapped is not None and not last:
+            return self._wrapped.no_sync()
+        return nullcontext()
+
+
+def _has_unused_parameters(model: KalmaGroveForCausalLM, example: Tensor) -> bool:
+    """Whether some have no gradient, as Arnold's pooling where the context does not reach it."""
+    model.token_loss_sum(example[:, :-1], example[:, 1:]).backward()
+    unused = any(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return unused
+
+
+def _shard(model: KalmaGroveForCausalLM) -> None:
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for layer in model.model.layers:
+        fully_shard(layer)
+    # What all layers share, Grove's bases among it, is gathered once a step and stays until its backward.
+    fully_shard(model)
+    register_fsdp_forward_method(model, "token_loss_sum")
+
+
+def whole_state(value: Any) -> Any:
+    """A state with every sharded tensor gathered; all processes must call this together."""
+    if isinstance(value, Tensor):
+        return whole_tensor(value)
+    if isinstance(value, Mapping):
+        return {key: whole_state(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole_state(item) for item in value)
+    return value
+
+
+def load_whole_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Gives a model, whole or in shards, the parameters of a whole state."""
+    own = model.state_dict()
+    model.load_state_dict({name: as_shard(value, own[name]) if name in own else value for name, value in state.items()})
+
+
+def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Gives an optimiser of whole or sharded parameters a whole state."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    placed = {
+        index: {
+            name: as_shard(value.to(p.device), p) if name in SHARDED_STATES else value
+            for name, value in state["state"].get(index, {}).items()
+        }
+        for index, p in zip(indices, parameters, strict=True)
+        if index in state["state"]
+    }
+    optimizer.load_state_dict(state | {"state": placed})

@@ -1,0 +1,312 @@
+"""What a run folder tells about its run while another process trains: only read, never written."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.run_folder import _LOCK, RunFolder
+
+Status = Literal["running", "stopped", "finished", "diverged"]
+ENDED: frozenset[Status] = frozenset({"finished", "diverged"})
+_WINDOW = 50
+_CHECKPOINT = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run at one moment; what is not known yet is None.
+
+    Attributes:
+        name: The folder, or its part below a comparison's folder.
+        status: running while a process holds the folder, stopped when none does before the end.
+        step: Steps that are done.
+        total_steps: Steps of the whole run.
+        loss: Of the last record, in nats a token.
+        valid_loss: Of the last evaluation.
+        lr: Learning rate of the last record.
+        grad_norm: Norm of its gradient before clipping.
+        tokens_per_second: Of the last records together.
+        seconds: Time of the training steps up to now.
+        seconds_left: Time of those that remain, at the speed of the last records.
+        peak_memory_bytes: As the last record has it.
+        checkpoint_step: Step of the newest checkpoint.
+        checkpoint_age: Seconds since it was written.
+        record_age: Seconds since the last record.
+        test_perplexity: Of a finished run.
+        losses: (step, loss) of every record.
+        valid_losses: (step, loss) of every evaluation.
+    """
+
+    name: str
+    status: Status
+    step: int
+    total_steps: int
+    loss: float | None = None
+    valid_loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    tokens_per_second: float | None = None
+    seconds: float | None = None
+    seconds_left: float | None = None
+    peak_memory_bytes: int | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age: float | None = None
+    record_age: float | None = None
+    test_perplexity: float | None = None
+    losses: tuple[tuple[int, float], ...] = ()
+    valid_losses: tuple[tuple[int, float], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without the curves."""
+        return {name: value for name, value in asdict(self).items() if name not in ("losses", "valid_losses")}
+
+
+class MetricsTail:
+    """The records of a growing file, reading only what is new.
+
+    A last line that is not whole is left for the next time; a file that was cut or replaced, as resuming does, is read
+    from its beginning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset, self._last_line = 0, b""
+        self.records = []
+
+    def update(self) -> None:
+        """Takes in what was written since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset - len(self._last_line))
+                if file.read(len(self._last_line)) != self._last_line:
+                    self._forget()
+                    file.seek(0)
+                new = file.read()
+        except FileNotFoundError:
+            self._forget()
+            return
+        whole = new[: new.rfind(b"\n") + 1]
+        for line in whole.splitlines(keepends=True):
+            self._offset, self._last_line = self._offset + len(line), line
+            if (record := _record(line)) is not None:
+                self.records.append(record)
+
+
+class RunWatch:
+    """Reads one run folder again and again.
+
+    Args:
+        folder: Of a run; it has its configuration by now.
+        name: How the run is called.
+        within_comparison: Whether the run is done with its last step: a comparison evaluates some runs, not all.
+        clock: Seconds since 1970, as files have them.
+
+    Raises:
+        KalmaGroveError: The configuration cannot be read.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, *, within_comparison: bool = False, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.folder = RunFolder(folder)
+        self._name, self._within_comparison, self._clock = name, within_comparison, clock
+        self._total_steps = _total_steps(read_config(folder), self.folder.config_path)
+        self._tail = MetricsTail(self.folder.metrics_path)
+
+    def read(self) -> RunState:
+        """The run as its files are now."""
+        self._tail.update()
+        result = self.folder.read_result()
+        trained = [r for r in self._tail.records if _is_number(r.get("loss"))]
+        evaluated = [r for r in self._tail.records if _is_number(r.get("valid_loss"))]
+        last: Mapping[str, Any] = trained[-1] if trained else {}
+        step = last.get("step", 0)
+        speed, step_seconds = _speed(trained[-_WINDOW:])
+        checkpoint_step, checkpoint_time = self._newest_checkpoint()
+        return RunState(
+            name=self._name,
+            status=self._status(result, step),
+            step=step,
+            total_steps=self._total_steps,
+            loss=last.get("loss"),
+            valid_loss=evaluated[-1]["valid_loss"] if evaluated else None,
+            lr=last.get("lr"),
+            grad_norm=last.get("grad_norm"),
+            tokens_per_second=speed,
+            seconds=last.get("seconds"),
+            seconds_left=None if step_seconds is None else step_seconds * max(0, self._total_steps - step),
+            peak_memory_bytes=last.get("peak_memory_bytes"),
+            checkpoint_step=checkpoint_step,
+            checkpoint_age=self._age(checkpoint_time),
+            record_age=self._age(_modified(self.folder.metrics_path)) if trained else None,
+            test_perplexity=((result or {}).get("test") or {}).get("perplexity"),
+            losses=tuple((r["step"], r["loss"]) for r in trained),
+            valid_losses=tuple((r["step"], r["valid_loss"]) for r in evaluated),
+        )
+
+    def _status(self, result: Mapping[str, Any] | None, step: int) -> Status:
+        if result is not None:
+            return "diverged" if result.get("diverged") else "finished"
+        if is_in_use(self.folder.path):
+            return "running"
+        if self._tail.records and "diverged" in self._tail.records[-1]:
+            return "diverged"
+        return "finished" if self._within_comparison and step >= self._total_steps else "stopped"
+
+    def _newest_checkpoint(self) -> tuple[int | None, float | None]:
+        """Step and time of the newest checkpoint."""
+        try:
+            entries = list(self.folder.checkpoints_path.iterdir())
+        except OSError:
+            return None, None
+        named = [(int(match[1]), entry) for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name))]
+        if not named:
+            return None, None
+        step, path = max(named)
+        return step, _modified(path)
+
+    def _age(self, moment: float | None) -> float | None:
+        return None if moment is None else max(0.0, self._clock() - moment)
+
+
+class FolderWatch:
+    """Reads a run, or all runs of a comparison that have begun.
+
+    Args:
+        folder: What ``--out`` named.
+
+    Raises:
+        KalmaGroveError: It is not there yet, or is something else.
+    """
+
+    def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time) -> None:
+        if not folder.exists():
+            raise KalmaGroveError(f"{folder} does not exist; give the folder that --out of train or compare names")
+        if not (folder / "config.yaml").is_file():
+            raise KalmaGroveError(f"{folder} is not a run folder (it has no config.yaml)")
+        self.folder, self._clock = folder, clock
+        self.is_comparison = "models" in read_config(folder)
+        self._runs: dict[Path, RunWatch] = {}
+
+    def read(self) -> list[RunState]:
+        """The runs in the order in which they began."""
+        places = self.folder.glob("*/*/*/config.yaml") if self.is_comparison else [self.folder / "config.yaml"]
+        for path in sorted({config.parent for config in places} - set(self._runs), key=_created):
+            name = path.relative_to(self.folder).as_posix() if self.is_comparison else str(path)
+            self._runs[path] = RunWatch(path, name, within_comparison=self.is_comparison, clock=self._clock)
+        return [run.read() for run in self._runs.values()]
+
+    def has_ended(self, states: list[RunState]) -> bool:
+        """Whether nothing more will come: not where a run has stopped, since it may go on."""
+        if not self.is_comparison:
+            return all(state.status in ENDED for state in states)
+        # Memory is the last thing that a comparison measures.
+        return "memory" in _plan(self.folder / "plan.json") and not is_in_use(self.folder)
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether a process holds a run folder; False where the system has no locks."""
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            return _is_locked(file)
+    except OSError:
+        return False
+
+
+def _is_locked(file: IO[bytes]) -> bool:
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+        else:
+            import fcntl
+
+            # Given back at once: a run that wants the folder in between is refused.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_UN)
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run or of a comparison.
+
+    Raises:
+        KalmaGroveError: It is not YAML, or not a mapping.
+    """
+    import yaml
+
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KalmaGroveError(f"{path} is not valid YAML") from error
+    if not isinstance(config, dict):
+        raise KalmaGroveError(f"{path} does not hold a configuration")
+    return config
+
+
+def _total_steps(config: Mapping[str, Any], path: Path) -> int:
+    try:
+        loop = config["loop"]
+        return int(loop["tokens"]) // (int(loop["batch_size"]) * int(loop["context_length"]))
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise KalmaGroveError(f"{path} does not say how long the run is (loop.tokens)") from error
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _speed(records: list[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """Tokens a second, and seconds a step, between the first of the records and the last."""
+    if not records:
+        return None, None
+    first, last = records[0], records[-1]
+    steps = last["step"] - first["step"]
+    tokens, seconds = (last.get(key, 0) - first.get(key, 0) for key in ("tokens", "seconds"))
+    if steps <= 0 or seconds <= 0:
+        return last.get("tokens_per_second"), last.get("step_seconds")
+    return tokens / seconds, seconds / steps
+
+
+def _modified(path: Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _created(folder: Path) -> tuple[float, str]:
+    return _modified(folder / "config.yaml") or 0.0, folder.as_posix()
+
+
+def _plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}

@@ -1,0 +1,180 @@
+"""A run is read while it is written: cut lines, resumed and replaced files, locks, ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.run_folder import RunFolder, open_run_folder
+from kalmagrove.training.tracking import MetricsWriter
+from kalmagrove.training.watching import FolderWatch, MetricsTail, RunWatch, is_in_use
+
+LOOP = {"tokens": 9600, "batch_size": 4, "context_length": 24}
+CONFIG: dict[str, Any] = {"model": {"preset": "llama"}, "loop": LOOP}
+
+
+def record(step: int, loss: float = 2.0) -> dict[str, Any]:
+    return {
+        "step": step,
+        "tokens": 96 * step,
+        "loss": loss,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens_per_second": 1.0,
+        "step_seconds": 96.0,
+        "seconds": 3.0 * step,
+        "peak_memory_bytes": 10**9,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    return tmp_path / "run"
+
+
+def write(folder: Path, *records: dict[str, Any]) -> None:
+    writer = MetricsWriter(folder / "metrics.jsonl")
+    for each in records:
+        writer.write(each)
+
+
+def test_a_tail_reads_what_is_new_and_leaves_a_half_line_for_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path)
+    tail.update()
+    assert tail.records == []
+    line = json.dumps(record(1)).encode()
+    for place in range(len(line)):
+        path.write_bytes(line[:place])
+        tail.update()
+        assert tail.records == []
+    path.write_bytes(line + b"\n" + line[:9])
+    tail.update()
+    assert [r["step"] for r in tail.records] == [1]
+    path.write_bytes(line + b"\n" + json.dumps(record(2)).encode() + b"\n")
+    tail.update()
+    tail.update()
+    assert [r["step"] for r in tail.records] == [1, 2]
+
+
+def test_a_tail_begins_anew_where_a_resumed_run_dropped_records(tmp_path: Path) -> None:
+    tail = MetricsTail(tmp_path / "metrics.jsonl")
+    write(tmp_path, *(record(step, loss=3.0) for step in range(1, 6)))
+    tail.update()
+    RunFolder(tmp_path).truncate_metrics(2)
+    # As long as before or longer when it is looked at again: the size alone would not tell.
+    write(tmp_path, *(record(step, loss=1.0) for step in range(3, 9)))
+    tail.update()
+    assert [(r["step"], r["loss"]) for r in tail.records] == [(s, 3.0 if s < 3 else 1.0) for s in range(1, 9)]
+    (tmp_path / "metrics.jsonl").unlink()
+    tail.update()
+    assert tail.records == []
+
+
+def test_lines_that_are_no_records_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'[1]\nnull\n{"loss": 1}\n\xff\xfe\n{"step": 3, "loss": 1.5}\n')
+    tail = MetricsTail(tmp_path / "metrics.jsonl")
+    tail.update()
+    assert tail.records == [{"step": 3, "loss": 1.5}]
+
+
+def test_a_run_is_described_from_its_files(folder: Path) -> None:
+    write(folder, record(10, 3.0), {"step": 10, "valid_loss": 2.75}, record(20, 2.5))
+    (folder / "checkpoints" / "step-000010").mkdir(parents=True)
+    (folder / "checkpoints" / ".step-000020.tmp-1").mkdir()
+    for path, moment in ((folder / "checkpoints" / "step-000010", 400), (folder / "metrics.jsonl", 950)):
+        os.utime(path, (moment, moment))
+    state = RunWatch(folder, "mine", clock=lambda: 1000.0).read()
+    assert (state.name, state.status, state.step, state.total_steps) == ("mine", "stopped", 20, 100)
+    assert (state.loss, state.valid_loss, state.lr, state.grad_norm) == (2.5, 2.75, 1e-3, 0.5)
+    # From the ten steps between the records, not from what the last step alone took.
+    assert (state.tokens_per_second, state.seconds, state.seconds_left) == (32.0, 60.0, 240.0)
+    assert (state.checkpoint_step, state.checkpoint_age, state.record_age) == (10, 600.0, 50.0)
+    assert state.losses == ((10, 3.0), (20, 2.5)) and state.valid_losses == ((10, 2.75),)
+    assert "losses" not in state.to_dict() and json.loads(json.dumps(state.to_dict()))["step"] == 20
+
+
+def test_a_run_without_records_has_no_numbers_yet(folder: Path) -> None:
+    state = RunWatch(folder, "mine").read()
+    assert (state.status, state.step, state.loss, state.seconds_left, state.checkpoint_step) == (
+        "stopped", 0, None, None, None,
+    )  # fmt: skip
+
+
+def test_a_run_is_running_while_a_process_holds_it_and_looking_does_not_disturb(tmp_path: Path) -> None:
+    run = open_run_folder(tmp_path / "run", CONFIG)
+    watch = RunWatch(tmp_path / "run", "mine")
+    assert watch.read().status == "running"
+    run.release()
+    assert watch.read().status == "stopped"
+    open_run_folder(tmp_path / "run", CONFIG).release()
+    holder = (
+        "import sys, time; from pathlib import Path; from kalmagrove.training.run_folder import open_run_folder\n"
+        f"run = open_run_folder(Path({str(tmp_path / 'run')!r}), {CONFIG!r}); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "held\n"
+    assert watch.read().status == "running"
+    process.kill()
+    process.communicate()
+    assert watch.read().status == "stopped"
+    assert not is_in_use(tmp_path / "nowhere")
+
+
+def test_the_ends_of_a_run(folder: Path) -> None:
+    watch = RunWatch(folder, "mine")
+    write(folder, record(90), {"step": 91, "diverged": "the loss is nan at step 91"})
+    state = watch.read()
+    assert (state.status, state.step) == ("diverged", 90)
+    RunFolder(folder).truncate_metrics(90)
+    assert watch.read().status == "stopped"
+    RunFolder(folder).write_result({"diverged": True, "seconds": 1.0})
+    assert watch.read().status == "diverged"
+    RunFolder(folder).write_result({"test": {"perplexity": 12.5}})
+    state = watch.read()
+    assert (state.status, state.test_perplexity) == ("finished", 12.5)
+
+
+def test_a_comparison_shows_the_runs_that_have_begun_and_ends_with_its_last_measurement(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"models": "llama,kalmagrove", "loop": LOOP}))
+    watch = FolderWatch(tmp_path)
+    assert watch.is_comparison and watch.read() == [] and not watch.has_ended([])
+    for number, name in enumerate(("llama/lr-x2/seed-0", "kalmagrove/lr-x0.5/seed-0")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+        os.utime(tmp_path / name / "config.yaml", (number, number))
+        states = watch.read()
+    assert [state.name for state in states] == ["llama/lr-x2/seed-0", "kalmagrove/lr-x0.5/seed-0"]
+    # A trial of a learning rate has no result of its own.
+    write(tmp_path / "llama/lr-x2/seed-0", record(100))
+    assert [state.status for state in watch.read()] == ["finished", "stopped"]
+    (tmp_path / "plan.json").write_text(json.dumps({"steps": 100}))
+    assert not watch.has_ended(states)
+    (tmp_path / "plan.json").write_text(json.dumps({"steps": 100, "memory": {}}))
+    assert watch.has_ended(states)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "is not a run folder"),
+        ("- 1", "does not hold a configuration"),
+        ("a: [", "is not valid YAML"),
+        ("loop: {tokens: many}", "does not say how long the run is"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_named(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(KalmaGroveError, match=message):
+        FolderWatch(tmp_path).read()
+    with pytest.raises(KalmaGroveError, match="does not exist"):
+        FolderWatch(tmp_path / "nowhere")
