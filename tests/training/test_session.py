@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 from kalmagrove.data.packing import PackedText, prepare
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import load_model
+from kalmagrove.training.checkpoint import load_checkpoint
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.session import TrainingSession
@@ -87,6 +89,129 @@ def test_a_crash_between_checkpoints_goes_back_to_the_last_one_and_repeats_it(
     assert finish(resumed) == unbroken[4:]
     assert [record["loss"] for record in resumed.folder.read_metrics() if "loss" in record] == unbroken
     resumed.close()
+
+
+def test_a_run_without_a_whole_checkpoint_stops_before_it_writes(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path)
+    finish(session, 4)
+    session.close()
+    metrics = session.folder.metrics_path.read_bytes()
+    for checkpoint in session.folder.checkpoints_path.iterdir():
+        (checkpoint / "model.safetensors").write_bytes(b"")
+    told: list[str] = []
+    with pytest.raises(KalmaGroveError, match=r"no checkpoint in .* is whole; put one back from a copy, or delete"):
+        TrainingSession(config(), packed, tmp_path, warn=told.append)
+    assert len(told) == 2 and session.folder.metrics_path.read_bytes() == metrics
+    shutil.rmtree(session.folder.checkpoints_path)
+    TrainingSession(config(), packed, tmp_path).close()
+
+
+SITUATIONS: dict[str, tuple[TrainConfig, int]] = {
+    "bf16": (config(precision="bf16"), 4),
+    "accumulation": (config(micro_batch_size=1), 4),
+    "after an evaluation": (config(), 3),
+    "before the inputs are looked at": (config(), 5),
+    "a later epoch": (config(tokens=12 * 8 * 200, batch_size=8, context_length=200), 10),
+    "activations made again": (config(activation_checkpointing=True), 4),
+    "saved on the training thread": (config(save_in_background=False), 4),
+}
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_a_resumed_run_is_the_unbroken_one_in_every_situation(name: str, packed: PackedText, tmp_path: Path) -> None:
+    conf, stop = SITUATIONS[name]
+    unbroken, weights = run_to_the_end(tmp_path / "unbroken", packed, conf)
+    first = TrainingSession(conf, packed, tmp_path / "broken")
+    losses = finish(first, stop)
+    first.save()
+    first.close()
+    assert name != "a later epoch" or stop * 8 * 200 > packed.splits["train"].tokens
+    # Nothing hangs on torch's own random numbers.
+    torch.manual_seed(99)
+    rest, resumed = run_to_the_end(tmp_path / "broken", packed, conf)
+    assert losses + rest == unbroken
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.items())
+
+
+def test_a_run_goes_on_with_another_micro_batch(packed: PackedText, tmp_path: Path) -> None:
+    unbroken, _ = run_to_the_end(tmp_path / "unbroken", packed, config())
+    first = TrainingSession(config(), packed, tmp_path / "broken")
+    losses = finish(first, 4)
+    first.close()
+    rest, _ = run_to_the_end(tmp_path / "broken", packed, config(micro_batch_size=1, activation_checkpointing=True))
+    assert losses + rest == pytest.approx(unbroken, abs=1e-3)
+
+
+def test_saving_in_the_background_holds_what_the_step_left(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(save_every=100), packed, tmp_path)
+    finish(session, 3)
+    expected = {name: value.clone() for name, value in session.run.model.state_dict().items()}
+    path = session.save()
+    finish(session, 6)
+    session.wait_for_saving()
+    saved = load_checkpoint(path)
+    assert saved.step == 3 and saved.progress["step"] == 3
+    assert all(torch.equal(saved.model[name], value) for name, value in expected.items())
+    assert not torch.equal(expected["model.norm.weight"], session.run.model.state_dict()["model.norm.weight"])
+    session.close()
+
+
+def test_an_error_of_the_disk_in_the_background_stops_the_run(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = TrainingSession(config(save_every=2), packed, tmp_path)
+    finish(session, 2)
+    session.wait_for_saving()
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    finish(session, 5)
+    with pytest.raises(OSError, match="No space left on device"):
+        session.advance()
+    monkeypatch.undo()
+    session.close()
+    assert [path.name for path in session.folder.checkpoints_path.iterdir()] == ["step-00000002"]
+
+
+def test_time_decides_when_to_save(packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("kalmagrove.training.session.time.monotonic", lambda: now[0])
+    session = TrainingSession(config(save_every="10m", keep_last=9), packed, tmp_path)
+    for seconds in (599, 601, 900, 1200, 1201, 1202, 1203):
+        now[0] = float(seconds)
+        session.advance()
+    session.close()
+    names = sorted(path.name for path in session.folder.checkpoints_path.iterdir())
+    assert names == ["step-00000002", "step-00000005", "step-00000007"]
+
+
+def test_the_best_checkpoints_stay_beside_the_newest(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {1: 5.0, 2: 3.0, 3: 4.0, 4: math.nan, 5: 3.5, 6: 4.5, 7: 4.2}
+    monkeypatch.setattr(TrainingRun, "validation_loss", lambda self: losses[self.step])
+    conf = config(eval_every=1, save_every=100, keep_last=1, keep_best=2)
+    session = TrainingSession(conf, packed, tmp_path)
+    finish(session, 4)
+    session.close()
+    # Only what was better than all before it was saved; a resumed run remembers which these are.
+    assert kept_steps(session) == [2, 3]
+    session = TrainingSession(conf, packed, tmp_path)
+    finish(session)
+    session.finish({})
+    session.close()
+    assert kept_steps(session) == [2, 5, 7]
+    result = session.folder.read_result()
+    assert result is not None
+    assert result["best_checkpoints"] == [{"step": 2, "valid_loss": 3.0}, {"step": 5, "valid_loss": 3.5}]
+
+
+def kept_steps(session: TrainingSession) -> list[int]:
+    return sorted(int(path.name.removeprefix("step-")) for path in session.folder.checkpoints_path.iterdir())
+
+
+@pytest.mark.parametrize("save_every", ["0", 0, "0s", "soon", -1])
+def test_a_wrong_time_between_checkpoints_is_an_error(save_every: str | int) -> None:
+    with pytest.raises(UsageError):
+        config(save_every=save_every)
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(packed: PackedText, tmp_path: Path) -> None:

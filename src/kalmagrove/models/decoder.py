@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
@@ -35,12 +37,12 @@ CACHE_NAME = (
 class DecoderLayer(nn.Module):
     """Attention and feed-forward, each behind a norm and beside a residual connection."""
 
-    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]]
+    # Under the names that transformers' own switch for this looks for and sets.
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]] = partial(checkpoint, use_reentrant=False)
 
     def __init__(self, config: KalmaGroveConfig, layer: int, bases: GroveBases | None) -> None:
         super().__init__()
-        # Set, with a function beside it, by gradient_checkpointing_enable of transformers.
-        self.gradient_checkpointing = False
         make_projection = projection_factory(config, bases, layer)
         self.input_layernorm = make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.self_attn = MultiResolutionAttention(
@@ -339,6 +341,12 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
     ) -> None:
         if model_kwargs.get(CACHE_NAME) is None and generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = self.new_cache()
+
+    def make_activations_again(self) -> None:
+        """From now on every layer's activations are computed again in the backward: less memory for more time."""
+        for layer in self.model.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.gradient_checkpointing = True
 
     def add_adaptor(self, name: str) -> None:
         """Adds a task core of a name to every Grove layer; it is saved and loaded with the model."""

@@ -113,8 +113,8 @@ class ActivationStatistics:
         """The ``id`` that a parameter had when the watch began; None where nobody asked for its inputs."""
         key = id(parameter)
         if key not in self.block_sizes and key not in self._keys_in_forward:
-            in_forward = {id(module._parameters[name]): before for module, name, before in self._places}
-            self._keys_in_forward |= {key: None} | in_forward
+            self._keys_in_forward[key] = None
+            self._keys_in_forward |= {id(module._parameters[name]): before for module, name, before in self._places}
         return key if key in self.block_sizes else self._keys_in_forward[key]
 
     def _is_repeated(self, module: nn.Module) -> bool:

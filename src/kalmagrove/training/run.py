@@ -90,7 +90,7 @@ class TrainingRun:
         except ValueError as error:
             raise UsageError(f"model: {error}") from error
         if loop.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.make_activations_again()
         self._check_growth()
         # Too little text is an error here, before step 1.
         example = self.batch(0)[:1].to(self.device)
