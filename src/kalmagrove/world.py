@@ -93,13 +93,24 @@ def joined_world() -> Iterator[World]:
     if world.size == 1:
         yield world
         return
+    store = _meeting_place()
     if torch.cuda.is_available():
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", device_id=device)
+        distributed.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size, device_id=device)
     else:
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:
         distributed.destroy_process_group()
+
+
+def _meeting_place() -> distributed.Store:
+    """Where the processes leave their addresses for one another.
+
+    torchrun keeps the store over a restart, and with it the addresses of processes that are gone: each start has names
+    of its own.
+    """
+    store, _, _ = next(distributed.rendezvous("env://"))
+    return distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -281,7 +281,7 @@ def test_a_run_folder_of_another_configuration_is_left_alone(
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     number: signal.Signals, code: int, text_file: Path, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ PARSERS = {
     "export": ("export", "make_export_parser"),
     "report": ("report", "make_report_parser"),
     "data": ("data", "make_data_parser"),
+    "watch": ("watch", "make_watch_parser"),
 }
 
 
