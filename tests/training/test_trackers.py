@@ -16,7 +16,7 @@ from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
-from kalmagrove.training.trackers import TrackedMetrics, TrackioTracker, check_tracker, numbers
+from kalmagrove.training.trackers import TensorBoardTracker, TrackedMetrics, TrackioTracker, check_tracker, numbers
 from kalmagrove.training.tracking import MetricsWriter
 
 NAMES = ["tensorboard", "trackio"]
@@ -158,6 +158,20 @@ def test_a_trackio_process_that_dies_is_one_warning(tmp_path: Path, monkeypatch:
         metrics.write(record(step))
     metrics.close()
     assert len(told) == 1 and "trackio: its process ended with code -9" in told[0]
+    assert len(RunFolder(tmp_path).read_metrics()) == 3
+
+
+def test_a_file_that_takes_no_more_is_one_warning(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    told: list[str] = []
+    metrics = tracked(tmp_path, "tensorboard", told)
+    metrics.write(record(1))
+    assert isinstance(metrics._tracker, TensorBoardTracker)
+    metrics._tracker._file.close()
+    for step in (2, 3):
+        metrics.write(record(step))
+    metrics.close()
+    assert len(told) == 1 and "closed file" in told[0]
     assert len(RunFolder(tmp_path).read_metrics()) == 3
 
 

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
+from kalmagrove.training.run import TrainingDiverged
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
+from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.tracking import MetricsWriter
 from kalmagrove.training.watching import FolderWatch, MetricsTail, RunWatch, is_in_use
 
@@ -141,6 +146,30 @@ def test_the_ends_of_a_run(folder: Path) -> None:
     RunFolder(folder).write_result({"test": {"perplexity": 12.5}})
     state = watch.read()
     assert (state.status, state.test_perplexity) == ("finished", 12.5)
+
+
+def test_a_run_that_diverged_looks_so_until_it_goes_on(packed: PackedText, tmp_path: Path) -> None:
+    config = TrainConfig(
+        data=DataConfig(vocab_size=300),
+        model=ModelConfig(preset="llama", hidden_size=32, num_hidden_layers=1, head_dim=8),
+        optim=OptimConfig(name="adamw"),
+        loop=LoopConfig(tokens=9600, batch_size=4, context_length=24, device="cpu", log_every=1, save_every=2),
+    )
+    session = TrainingSession(config, packed, tmp_path)
+    for _ in range(3):
+        session.advance()
+    with torch.no_grad():
+        next(session.run.model.parameters()).fill_(float("nan"))
+    with pytest.raises(TrainingDiverged):
+        session.advance()
+    watch = RunWatch(tmp_path, "mine")
+    assert watch.read().status == "running"
+    session.close()
+    assert (watch.read().status, watch.read().step) == ("diverged", 3)
+    session = TrainingSession(config, packed, tmp_path)
+    assert (watch.read().status, watch.read().step) == ("running", 2)
+    session.close()
+    assert watch.read().status == "stopped"
 
 
 def test_a_comparison_shows_the_runs_that_have_begun_and_ends_with_its_last_measurement(tmp_path: Path) -> None:

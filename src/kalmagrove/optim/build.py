@@ -65,13 +65,19 @@ def build_optimizers(
             for group in matrices
         ]
         if rest:
-            optimizers.append(torch.optim.AdamW(plain_groups(rest), betas=betas))
+            optimizers.append(_adamw(rest, betas))
     elif name == "adamw":
-        optimizers = [torch.optim.AdamW(plain_groups(groups), betas=betas)]
+        optimizers = [_adamw(groups, betas)]
     else:
         raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
     remember_peak_rates(optimizers)
     return optimizers
+
+
+def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:
+    """torch's AdamW, in one operation a step where the device has it."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(plain_groups(groups), betas=betas, fused=devices <= {"cpu", "cuda"})
 
 
 def keep_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:

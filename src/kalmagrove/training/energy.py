@@ -155,7 +155,7 @@ def _methods(tracker: Any) -> dict[str, tuple[Source, str]]:
     for hardware in tracker._hardware:
         kind, mode = type(hardware).__name__, getattr(hardware, "_mode", None)
         if kind == "GPU":
-            methods["gpu"] = ("measured", "the GPUs' own counters")
+            methods["gpu"] = ("measured", "the GPUs' own sensors")
         elif kind in ("AppleSiliconChip", "Raspberry"):
             methods[hardware.chip_part.lower()] = ("measured", f"the sensors of the {kind} chip")
         elif kind == "RAM":

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class RunFolder:
             result = json.loads(self.result_path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KalmaGroveError(f"{self.result_path} is not valid JSON; delete it and run again") from error
         if not isinstance(result, dict):
             raise KalmaGroveError(f"{self.result_path} does not hold a JSON object; delete it and run again")
@@ -135,12 +136,13 @@ class RunFolder:
                 record = json.loads(text)
                 if not isinstance(record, dict):
                     raise ValueError("not an object")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if number == len(lines):
                     break
                 raise KalmaGroveError(
                     f"{self.metrics_path} line {number} is not a JSON object; delete that line and run again"
                 ) from error
+            _check_record(record, f"{self.metrics_path} line {number}")
             parsed.append((text, record))
         return parsed
 
@@ -182,6 +184,21 @@ def open_run_folder(
     return RunFolder(folder, lock)
 
 
+def _check_record(record: dict[str, Any], where: str) -> None:
+    """What others rely on: steps are whole numbers, losses are numbers or null, and an evaluation has its step."""
+    step = record.get("step", 0)
+    wrong = None if isinstance(step, int) and not isinstance(step, bool) else "step"
+    for name in ("loss", "valid_loss"):
+        value = record.get(name)
+        is_number = isinstance(value, float) or (isinstance(value, int) and abs(value) < 1 << 53)
+        if value is not None and (not is_number or isinstance(value, bool)):
+            wrong = name
+    if wrong is None and "valid_loss" in record and "step" not in record:
+        wrong = "step"
+    if wrong is not None:
+        raise KalmaGroveError(f"{where} has no sound {wrong}; delete that line and run again")
+
+
 def _require_run_folder_or_empty(run: RunFolder) -> None:
     if run.config_path.is_file():
         return
@@ -205,7 +222,7 @@ def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_change
 
     try:
         stored = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise KalmaGroveError(f"{run.config_path} is not valid YAML; choose another run folder") from error
     if not isinstance(stored, dict):
         raise KalmaGroveError(f"{run.config_path} does not hold a configuration; choose another run folder")
@@ -246,7 +263,8 @@ def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
 
 
 def _shorten(value: Any) -> str:
-    text = str(value)
+    # An alias can make a small file a huge value, so what is nested is not written out.
+    text = reprlib.repr(value) if isinstance(value, dict | list) else str(value)
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

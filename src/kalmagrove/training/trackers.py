@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,6 @@ from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.tracking import MetricsWriter
 
 _SECONDS_TO_END = 60.0
-_FLUSH_SECONDS = 30
 
 
 class Tracker(Protocol):
@@ -64,9 +64,9 @@ class TrackedMetrics:
 
     def close(self) -> None:
         """Lets the tracker end; doing so twice is harmless."""
-        tracker, self._tracker = self._tracker, None
-        if tracker is not None:
-            self._try(tracker.close)
+        if self._tracker is not None:
+            self._try(self._tracker.close)
+            self._tracker = None
 
     def _open(self, kind: Callable[[Path, Sequence[Mapping[str, Any]]], Tracker], folder: RunFolder) -> None:
         self._tracker = kind(folder.path, folder.read_metrics())
@@ -75,7 +75,10 @@ class TrackedMetrics:
         try:
             action()
         except Exception as error:  # A copy of the metrics is not worth a run, whatever the other tool raises.
-            self._tracker = None
+            tracker, self._tracker = self._tracker, None
+            if tracker is not None:
+                with suppress(Exception):
+                    tracker.close()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             self._warn(f"no more tracking with {self._name}: {reason}; metrics.jsonl goes on")
 
@@ -93,32 +96,46 @@ def check_tracker(name: str | None) -> None:
 class TensorBoardTracker:
     """Event files in ``RUN/tensorboard``; their clock is seconds of training, without the pauses of a run that stopped.
 
+    TensorBoard's own writers hand events to a thread, which prints a traceback when the disk is full; here a record is
+    in the file when `write` returns, or `write` raises.
+
     Args:
         folder: The run folder.
         records: Earlier records of the run.
     """
 
     def __init__(self, folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
+        self._event, self._summary = Event, Summary
         place = folder / "tensorboard"
+        place.mkdir(exist_ok=True)
         for stale in place.glob("events.out.tfevents.*"):
             stale.unlink()
-        # A TensorBoard that is open forgets what it has read and takes the steps again.
-        self._writer = SummaryWriter(str(place), purge_step=0, flush_secs=_FLUSH_SECONDS)
-        self._start = time.time() - max((record.get("seconds", 0.0) for record in records), default=0.0)
+        now = time.time()
+        self._file = (place / f"events.out.tfevents.{now:.0f}.{os.getpid()}").open("ab", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._start = now - max((record.get("seconds", 0.0) for record in records), default=0.0)
+        self._add(Event(wall_time=now, file_version="brain.Event:2"))
+        # A TensorBoard that is open forgets the steps that it has read, and takes them again.
+        self._add(Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START)))
         for record in records:
             self.write(record)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Each number under its own name."""
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in numbers(record).items()]
         moment = self._start + record.get("seconds", 0.0)
-        for name, value in numbers(record).items():
-            self._writer.add_scalar(name, value, global_step=record["step"], walltime=moment)
+        self._add(self._event(wall_time=moment, step=record["step"], summary=self._summary(value=values)))
+
+    def _add(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
 
     def close(self) -> None:
-        """Waits until the file is whole."""
-        self._writer.close()
+        """Closes the file."""
+        self._file.close()
 
 
 class TrackioTracker:
@@ -144,7 +161,8 @@ class TrackioTracker:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            env=environment | {"TRACKIO_DIR": shared or str(folder / "trackio")},
+            # It would ask the Hub for the name of a user who is logged in there.
+            env=environment | {"TRACKIO_DIR": shared or str(folder / "trackio"), "HF_HUB_OFFLINE": "1"},
         )
         for record in records:
             self.write(record)
