@@ -166,6 +166,20 @@ class Kalma(torch.optim.Optimizer):
             self._statistics.detach()
             self._statistics = None
 
+    @property
+    def looks_next(self) -> bool:
+        """Whether the forwards before the next step are looked at, for a refresh of P."""
+        return self._statistics is not None and self._statistics.active
+
+    def set_hooks(self, on: bool) -> None:
+        """Puts the hooks that watch the model's layers in place, or takes them away.
+
+        They interrupt a compiled model. Without them forwards are not looked at, so they must be there, and the model
+        must not be the compiled one, in every step before which :attr:`looks_next` is true.
+        """
+        if self._statistics is not None:
+            self._statistics.set_hooks(on)
+
     def count_tokens(self, mask: Tensor | None) -> None:
         """Which tokens of the forwards to come count for C; None is all.
 

@@ -7,7 +7,7 @@ is the filter's P, up to a scale that the optimiser's step does not depend on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,6 +66,7 @@ class ActivationStatistics:
         self._gram_rows: Tensor | None = None
         self._grams: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._observers: list[tuple[nn.Module, Callable[..., None]]] = []
         self._places: list[tuple[nn.Module, str, int]] = []
         self._keys_in_forward: dict[int, int | None] = {}
 
@@ -84,14 +85,21 @@ class ActivationStatistics:
                 continue
             self.watched |= {id(p) for p in matrices} & self.block_sizes.keys()
             single = None if isinstance(module, TellsWeightInputs) else id(matrices[0])
-            self._handles.append(module.register_forward_pre_hook(partial(self._observe, single), with_kwargs=True))
+            self._observers.append((module, partial(self._observe, single)))
+        self.set_hooks(True)
+
+    def set_hooks(self, on: bool) -> None:
+        """Takes the hooks away from the layers for a while, or puts them back: they interrupt compiled code."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            module.register_forward_pre_hook(observe, with_kwargs=True) for module, observe in self._observers if on
+        ]
 
     def detach(self) -> None:
         """Stops watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._places, self._keys_in_forward = [], {}
+        self.set_hooks(False)
+        self._observers, self._places, self._keys_in_forward = [], [], {}
 
     @torch.compiler.disable
     def _observe(self, single: int | None, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -29,6 +29,8 @@ def check_batch(loop: LoopConfig, world: World) -> None:
     """
     if loop.batch_size < world.size:
         raise UsageError(f"loop.batch_size {loop.batch_size} is too small for {world.size} processes; give each one")
+    if world.size > 1 and loop.parallel == "fsdp" and (loop.compile or loop.grow_rank):
+        raise UsageError(f"loop.parallel fsdp cannot {'compile' if loop.compile else 'grow_rank'}; use ddp")
     if world.size > 1 and loop.parallel == "fsdp" and loop.batch_size % world.size:
         raise UsageError(
             f"loop.parallel fsdp divides loop.batch_size {loop.batch_size} evenly, and {world.size} processes cannot; "
@@ -42,9 +44,11 @@ class _TokenLossSum(nn.Module):
     def __init__(self, model: KalmaGroveForCausalLM) -> None:
         super().__init__()
         self.model = model
+        self.compiled: LossSum | None = None
 
-    def forward(self, input_ids: Tensor, targets: Tensor) -> Tensor:
-        return self.model.token_loss_sum(input_ids, targets)
+    def forward(self, input_ids: Tensor, targets: Tensor, is_watched: bool) -> Tensor:
+        compute = self.model.token_loss_sum if self.compiled is None or is_watched else self.compiled
+        return compute(input_ids, targets)
 
 
 class ParallelLoss:
@@ -56,24 +60,45 @@ class ParallelLoss:
         model: On its device; the same on every process.
         world: The processes.
         parallel: ddp keeps the whole model on each of them, fsdp a part.
+        compiled: Whether torch.compile makes the forward and backward.
         example: Tokens of one sequence of the run's length, (1, context + 1).
 
     Attributes:
-        compute: The loss of (input_ids, targets), both (batch, sequence).
         sharded: Whether a process has only a part of the parameters.
     """
 
-    def __init__(self, model: KalmaGroveForCausalLM, world: World, parallel: Parallel, *, example: Tensor) -> None:
-        self._model, self._wrapped = model, None
+    def __init__(
+        self,
+        model: KalmaGroveForCausalLM,
+        world: World,
+        parallel: Parallel,
+        *,
+        compiled: bool = False,
+        example: Tensor,
+    ) -> None:
+        self._model = model
+        self._wrapped: nn.parallel.DistributedDataParallel | None = None
         self.sharded = world.size > 1 and parallel == "fsdp"
         if self.sharded:
             _shard(model)
-        self.compute: LossSum = model.token_loss_sum
+        self._loss = _TokenLossSum(model)
         if world.size > 1 and not self.sharded:
             self._wrapped = nn.parallel.DistributedDataParallel(
-                _TokenLossSum(model), find_unused_parameters=_has_unused_parameters(model, example)
+                self._loss, find_unused_parameters=_has_unused_parameters(model, example)
             )
-            self.compute = self._wrapped
+        if compiled:
+            self._loss.compiled = torch.compile(model.token_loss_sum)
+
+    def compute(self, input_ids: Tensor, targets: Tensor, *, is_watched: bool) -> Tensor:
+        """Sum of the nats of ``targets`` given ``input_ids``, both (batch, sequence).
+
+        Args:
+            input_ids: Tokens.
+            targets: The token after each of them.
+            is_watched: Whether hooks look at the layers, so that compiled code cannot be used.
+        """
+        result: Tensor = (self._wrapped or self._loss)(input_ids, targets, is_watched)
+        return result
 
     def without_averaging(self, last: bool) -> AbstractContextManager[Any]:
         """For the parts of a batch: gradients travel once, with the last part."""
