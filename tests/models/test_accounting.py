@@ -1,5 +1,7 @@
 """Computed costs against measured ones."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,10 +12,10 @@ from kalmagrove.models.accounting import (
     count_parameters,
     decoding_bytes,
     forward_macs_per_token,
-    training_memory,
 )
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.presets import FAMILIES
+from kalmagrove.models.training_memory import training_memory
 from kalmagrove.optim.build import build_optimizers
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 3, "head_dim": 16, "max_position_embeddings": 48}
@@ -75,6 +77,37 @@ def test_optimizer_memory_is_as_large_as_computed(name: str, wide: dict[str, int
     memory = training_memory(config, batch_size=2, context_length=12, optimizer=name)
     assert memory.optimizer == measured
     assert memory.parameters == memory.gradients == 4 * sum(p.numel() for p in model.parameters())
+
+
+def test_memory_is_divided_over_devices() -> None:
+    config = model_config("kalmagrove-small", {"vocab_size": 500, "max_position_embeddings": 64})
+    given: dict[str, Any] = {"batch_size": 8, "context_length": 64, "optimizer": "kalma"}
+    alone = training_memory(config, **given)
+    copies = training_memory(config, **given, world_size=4)
+    shards = training_memory(config, **given, world_size=4, sharded=True)
+    again = training_memory(config, **given, activation_checkpointing=True)
+    assert copies.parameters == alone.parameters and copies.optimizer == alone.optimizer
+    assert copies.activations == training_memory(config, **given | {"batch_size": 2}).activations
+    assert shards.parameters == alone.parameters // 4 and shards.activations == copies.activations
+    momenta = 4 * sum(p.numel() for p in build_model(config, 0).parameters())
+    assert alone.optimizer - 2 * momenta < shards.optimizer < alone.optimizer - momenta // 2
+    assert 0 < shards.gathered < alone.parameters
+    assert again.activations < 0.5 * alone.activations and again.optimizer == alone.optimizer
+
+
+def test_memory_of_activations_that_are_made_again_is_what_a_step_keeps() -> None:
+    config = model_config("llama", SIZES)
+    model = build_model(config, 0).train()
+    model.make_activations_again()
+    inputs: list[int] = []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].nbytes))
+    ids = torch.zeros(3, 20, dtype=torch.int64)
+    model.token_loss_sum(ids, ids)
+    given: dict[str, Any] = {"batch_size": 3, "context_length": 20, "optimizer": "adamw"}
+    everything = training_memory(config, **given).activations
+    again = training_memory(config, **given, activation_checkpointing=True).activations
+    assert sum(inputs) < again < sum(inputs) + everything / 2
 
 
 @pytest.mark.parametrize("family", ["llama", "kalmagrove"])

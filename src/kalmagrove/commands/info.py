@@ -15,7 +15,8 @@ SHORT = {"--preset": "--model.preset"}
 EXAMPLES = """\
   kalmagrove info --preset kalmagrove-base
   kalmagrove info --preset llama-small --vocab_size 8192 --context_length 256 --batch_size 32
-  kalmagrove info --folder runs/book"""
+  kalmagrove info --folder runs/book
+  kalmagrove info --preset kalmagrove-large --batch_size 64 --world_size 8 --parallel fsdp"""
 
 
 def make_info_parser() -> ArgumentParser:
@@ -28,6 +29,11 @@ def make_info_parser() -> ArgumentParser:
     parser.add_argument("--batch_size", type=int, default=16, help="sequences of a training step")
     parser.add_argument("--optim", type=str, default="kalma", help="kalma, muon or adamw: for the training memory")
     parser.add_argument("--precision", type=str, default="bf16", help="bf16 or fp32: for the training memory")
+    parser.add_argument("--world_size", type=int, default=1, help="devices that share a step: memory is of each")
+    parser.add_argument("--parallel", type=str, default="ddp", help="ddp or fsdp, with more than one device")
+    parser.add_argument(
+        "--activation_checkpointing", action="store_true", help="make activations again"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -52,14 +58,16 @@ def describe(options: Any) -> dict[str, Any]:
         decoding_bytes,
         projection_paths,
         training_flops_per_token,
-        training_memory,
     )
     from kalmagrove.models.build import model_config
     from kalmagrove.models.convert import load_config
+    from kalmagrove.models.training_memory import training_memory
 
     if options.optim not in ("kalma", "muon", "adamw"):
         raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
-    for name in ("batch_size", "vocab_size", "context_length"):
+    if options.parallel not in ("ddp", "fsdp"):
+        raise UsageError(f"--parallel must be ddp or fsdp, got {options.parallel!r}")
+    for name in ("batch_size", "vocab_size", "context_length", "world_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
     if options.precision not in ("bf16", "fp32"):
@@ -84,6 +92,9 @@ def describe(options: Any) -> dict[str, Any]:
         context_length=length,
         optimizer=options.optim,
         precision=options.precision,
+        world_size=options.world_size,
+        sharded=options.parallel == "fsdp",
+        activation_checkpointing=options.activation_checkpointing,
     )
     paths = {
         "training": projection_paths(config, options.batch_size * length),
@@ -95,6 +106,9 @@ def describe(options: Any) -> dict[str, Any]:
         "batch_size": options.batch_size,
         "optim": options.optim,
         "precision": options.precision,
+        "world_size": options.world_size,
+        "parallel": options.parallel,
+        "activation_checkpointing": options.activation_checkpointing,
         "parameters": {
             "total": parameters.total,
             "embedding": parameters.embedding,
@@ -106,6 +120,7 @@ def describe(options: Any) -> dict[str, Any]:
         "training_memory_bytes": {
             "total": memory.total,
             "parameters": memory.parameters,
+            "gathered": memory.gathered,
             "gradients": memory.gradients,
             "optimizer": memory.optimizer,
             "activations": memory.activations,
@@ -126,7 +141,8 @@ def _show(facts: dict[str, Any]) -> None:
         table.add_row(f"parameters, {part.replace('_', ' ')}", f"{count:,}")
     table.add_row("training FLOPs a token", f"{facts['training_flops_per_token'] / 1e6:,.1f} M", end_section=True)
     for part, size in facts["training_memory_bytes"].items():
-        table.add_row(f"training memory, {part}", f"{size / 2**20:,.1f} MiB")
+        if size > 0:
+            table.add_row(f"training memory, {part}", f"{size / 2**20:,.1f} MiB")
     table.add_row(
         f"decoding cache at {facts['context_length']} tokens", f"{facts['decoding_cache_bytes'] / 2**20:,.2f} MiB"
     )
@@ -136,8 +152,10 @@ def _show(facts: dict[str, Any]) -> None:
             table.add_row(f"Grove in {use}, {path}", names)
     console = Console()
     console.print(table)
+    devices = f" on each of {facts['world_size']} devices ({facts['parallel']})" if facts["world_size"] > 1 else ""
+    again = ", activations made again" if facts["activation_checkpointing"] else ""
     console.print(
-        f"training memory for {facts['batch_size']} sequences of {facts['context_length']} tokens, {facts['optim']}, "
-        f"{facts['precision']}; work space of single operations comes on top",
+        f"training memory{devices} for {facts['batch_size']} sequences of {facts['context_length']} tokens, "
+        f"{facts['optim']}, {facts['precision']}{again}; work space of single operations comes on top",
         highlight=False,
     )

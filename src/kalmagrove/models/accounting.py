@@ -1,20 +1,17 @@
-"""What a model costs: parameters, FLOPs a token, and memory for training and decoding, computed before step 1."""
+"""What a model costs: parameters, FLOPs a token and memory for decoding, computed before step 1."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
 
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.projections import grove_rank, is_grove, projection_sizes, shared_sides
 from kalmagrove.nn.grove import ComputePath, GroveLinear, compute_path
 from kalmagrove.nn.resolution import Resolution
-from kalmagrove.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -119,88 +116,3 @@ def decoding_bytes(config: KalmaGroveConfig, length: int, bytes_per_value: int =
     if config.short_conv:
         values += 2 * (config.short_conv - 1) * config.attention_width
     return config.num_hidden_layers * values * bytes_per_value
-
-
-@dataclass(frozen=True)
-class TrainingMemory:
-    """Bytes of training memory by part."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All parts together; work space of single operations comes on top."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
-
-
-def training_memory(
-    config: KalmaGroveConfig, *, batch_size: int, context_length: int, optimizer: str, precision: str = "fp32"
-) -> TrainingMemory:
-    """Memory of one training step.
-
-    The activations are those that autograd saves in a forward that is run without data.
-
-    Args:
-        config: The model.
-        batch_size: Sequences of a micro-batch.
-        context_length: Tokens of a sequence.
-        optimizer: "adamw", "muon" or "kalma".
-        precision: "fp32" or "bf16" autocast.
-    """
-    model = build_empty(config)
-    parameters = 4 * sum(p.numel() for p in model.parameters())
-    return TrainingMemory(
-        parameters=parameters,
-        gradients=parameters,
-        optimizer=_optimizer_bytes(model, optimizer),
-        activations=_saved_bytes(config, batch_size, context_length, precision),
-    )
-
-
-def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str) -> int:
-    from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape
-    from kalmagrove.optim.groups import kalma_groups
-    from kalmagrove.optim.whitening import count_state
-
-    if optimizer == "adamw":
-        return 8 * sum(p.numel() for p in model.parameters())
-    values = 0
-    for group in kalma_groups(model):
-        is_matrix, is_whitened = group["method"] == "kalma", optimizer == "kalma" and group["method"] != "adamw"
-        for parameter in group["params"]:
-            values += parameter.numel()
-            if is_whitened:
-                outputs, inputs = parameter.shape
-                values += count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
-                values += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
-            elif not is_matrix:
-                values += parameter.numel()
-    return 4 * values
-
-
-def _saved_bytes(config: KalmaGroveConfig, batch_size: int, context_length: int, precision: str) -> int:
-    """Bytes of the distinct tensors that autograd keeps for the backward, without the parameters."""
-    saved: dict[int, int] = {}
-
-    def look_on(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage._cdata] = storage.nbytes()
-        keep.append(tensor)
-        return tensor
-
-    look_on.only_looks_on = True  # type: ignore[attr-defined]
-    keep: list[Tensor] = []
-    with FakeTensorMode():
-        model = KalmaGroveForCausalLM(config)
-        owned = {p.untyped_storage()._cdata for p in model.parameters()}
-        tokens = torch.zeros(batch_size, context_length, dtype=torch.int64)
-        device = torch.device("cpu")
-        with (
-            torch.autograd.graph.saved_tensors_hooks(look_on, lambda tensor: tensor),
-            autocast("bf16" if precision == "bf16" else "fp32", device),
-        ):
-            model.token_loss_sum(tokens, tokens)
-    return sum(size for key, size in saved.items() if key not in owned)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -28,6 +28,8 @@ from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.merging import merge
 
 Stock = Literal["gpt2", "llama"]
+
+_MOST_PACKED = 64
 
 _PLAIN = {
     "attention": "full",
@@ -130,11 +132,36 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     register_when_imported()
     with _quiet_transformers():
         try:
+            _check_sizes(Path(folder))
             model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, use_safetensors=True)
         except Exception as error:
             raise KalmaGroveError(f"cannot load a model from {folder}: {_first_line(error)}") from error
     loaded: PreTrainedModel = model
     return loaded.eval()
+
+
+def _check_sizes(folder: Path) -> None:
+    """A model as large as its configuration says is only made where the weights are about as large.
+
+    Raises:
+        KalmaGroveError: A size is far from what the weights have.
+    """
+    shapes = [shape for file in folder.glob("*.safetensors") for shape in _shapes(file)]
+    if not shapes:
+        return
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    # Packed formats hold several numbers in one.
+    longest = _MOST_PACKED * max((side for shape in shapes for side in shape), default=1)
+    limits = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "head_dim", "rank"), longest)
+    for name, limit in (limits | {"num_hidden_layers": len(shapes), "num_attention_heads": longest}).items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > limit:
+            raise KalmaGroveError(f"config.json says {name} {value}, which its weights are too few for")
+
+
+def _shapes(file: Path) -> list[list[int]]:
+    with safe_open(file, framework="pt") as weights:
+        return [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
 
 
 def model_folder(folder: str | Path) -> str:
@@ -162,7 +189,10 @@ def load_config(folder: str | Path) -> KalmaGroveConfig:
     register_when_imported()
     try:
         config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False)
-    except (OSError, TypeError, ValueError) as error:
+    except KalmaGroveError:
+        raise
+    # What is wrong with the file reaches the library's own code, which has no common error for it.
+    except Exception as error:
         raise KalmaGroveError(f"cannot read a model configuration from {folder}: {_first_line(error)}") from error
     if isinstance(config, KalmaGroveConfig):
         return config
@@ -187,7 +217,8 @@ class _quiet_transformers:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if len(line) < 300 else line[:297] + "..."
 
 
 def _special_tokens(config: KalmaGroveConfig) -> dict[str, Any]:

@@ -84,7 +84,9 @@ class ParallelLoss:
         self._loss = _TokenLossSum(model)
         if world.size > 1 and not self.sharded:
             self._wrapped = nn.parallel.DistributedDataParallel(
-                self._loss, find_unused_parameters=_has_unused_parameters(model, example)
+                self._loss,
+                find_unused_parameters=_has_unused_parameters(model, example),
+                gradient_as_bucket_view=True,
             )
         if compiled:
             self._loss.compiled = torch.compile(model.token_loss_sum)

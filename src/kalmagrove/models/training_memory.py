@@ -1,0 +1,149 @@
+"""Memory of a training step, part by part, on one device or divided over several, computed before step 1."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kalmagrove.models.accounting import build_empty
+from kalmagrove.models.config import KalmaGroveConfig
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape
+from kalmagrove.optim.groups import kalma_groups
+from kalmagrove.optim.whitening import count_state
+from kalmagrove.precision import autocast
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of training memory by part, on one device.
+
+    Attributes:
+        parameters: Those that the device keeps.
+        gathered: Parameters of other devices that it holds while it computes; 0 unless sharded.
+        gradients: Of the parameters, at their most.
+        optimizer: State of the optimiser.
+        activations: What the forward keeps for the backward.
+    """
+
+    parameters: int
+    gathered: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together; work space of single operations comes on top."""
+        return self.parameters + self.gathered + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    config: KalmaGroveConfig,
+    *,
+    batch_size: int,
+    context_length: int,
+    optimizer: str,
+    precision: str = "fp32",
+    world_size: int = 1,
+    sharded: bool = False,
+    activation_checkpointing: bool = False,
+) -> TrainingMemory:
+    """Memory of one training step on each device.
+
+    The activations are those that autograd saves in a forward that is run without data.
+
+    Args:
+        config: The model.
+        batch_size: Sequences that go through at once, on all devices together.
+        context_length: Tokens of a sequence.
+        optimizer: "adamw", "muon" or "kalma".
+        precision: "fp32" or "bf16" autocast.
+        world_size: Devices that train together.
+        sharded: Whether each keeps a part of the model (FSDP2), else the whole (DDP).
+        activation_checkpointing: Whether layers' activations are made again in the backward.
+    """
+    model = build_empty(config)
+    parts = world_size if sharded else 1
+    total = FLOAT_BYTES * _count(model.parameters())
+    layers = [FLOAT_BYTES * _count(layer.parameters()) for layer in model.model.layers]
+    # While it computes, a device holds what all layers share, and two layers: the next is fetched beside the present.
+    gathered = total - sum(layers) + sum(sorted(layers)[-2:]) if parts > 1 else 0
+    return TrainingMemory(
+        parameters=total // parts,
+        gathered=gathered,
+        gradients=total // parts + (gathered if parts > 1 else 0),
+        optimizer=_optimizer_bytes(model, optimizer, parts),
+        activations=_activation_bytes(
+            config, -(-batch_size // world_size), context_length, precision, activation_checkpointing
+        ),
+    )
+
+
+def _count(parameters: Iterator[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str, parts: int) -> int:
+    """Moments are divided with the parameters; Kalma's statistics are whole on every device."""
+    if optimizer == "adamw":
+        return 2 * FLOAT_BYTES * _count(model.parameters()) // parts
+    divided = whole = 0
+    for group in kalma_groups(model):
+        is_matrix, is_whitened = group["method"] == "kalma", optimizer == "kalma" and group["method"] != "adamw"
+        for parameter in group["params"]:
+            divided += parameter.numel()
+            if is_whitened:
+                outputs, inputs = parameter.shape
+                whole += count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
+                whole += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
+            elif not is_matrix:
+                divided += parameter.numel()
+    return FLOAT_BYTES * (divided // parts + whole)
+
+
+def _activation_bytes(
+    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: str, made_again: bool
+) -> int:
+    everything = _saved_bytes(config, batch_size, context_length, precision)
+    if not made_again:
+        return everything
+    outside = _saved_bytes(config, batch_size, context_length, precision, made_again=True)
+    inputs = FLOAT_BYTES * config.num_hidden_layers * batch_size * context_length * config.hidden_size
+    return outside + inputs + (everything - outside) // config.num_hidden_layers
+
+
+def _saved_bytes(
+    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: str, *, made_again: bool = False
+) -> int:
+    """Bytes of the distinct tensors that autograd keeps for the backward, without the parameters."""
+    saved: dict[int, int] = {}
+
+    def look_on(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes()
+        keep.append(tensor)
+        return tensor
+
+    look_on.only_looks_on = True  # type: ignore[attr-defined]
+    keep: list[Tensor] = []
+    with FakeTensorMode():
+        model = KalmaGroveForCausalLM(config).train()
+        if made_again:
+            model.make_activations_again()
+        owned = {p.untyped_storage()._cdata for p in model.parameters()}
+        tokens = torch.zeros(batch_size, context_length, dtype=torch.int64)
+        device = torch.device("cpu")
+        with (
+            torch.autograd.graph.saved_tensors_hooks(look_on, lambda tensor: tensor),
+            autocast("bf16" if precision == "bf16" else "fp32", device),
+        ):
+            model.token_loss_sum(tokens, tokens)
+    return sum(size for key, size in saved.items() if key not in owned)
