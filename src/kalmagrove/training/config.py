@@ -214,6 +214,8 @@ class LoopConfig:
         precision: bf16 autocast, fp32, or auto: bf16 where the hardware has it.
         device: auto, cpu, cuda, cuda:N or mps.
         log_every: Steps between lines of metrics.jsonl.
+        gradient_metrics: Write update_ratio and gradient_noise_scale with the metrics, at the price of another forward
+            and backward each time.
         eval_every: Steps between evaluations on a part of the validation split; 0 is 10 in the whole run.
         save_every: Steps between checkpoints, or the time between them, such as 10m.
         save_in_background: Write checkpoints from a copy in memory while the training goes on.
@@ -234,6 +236,7 @@ class LoopConfig:
     precision: Precision = "auto"
     device: str = "auto"
     log_every: int = 10
+    gradient_metrics: bool = False
     eval_every: int = 0
     save_every: int | str = 250
     save_in_background: bool = True
@@ -292,6 +295,7 @@ class LoopConfig:
 NEUTRAL_OPTIONS = frozenset(
     {
         "loop.log_every",
+        "loop.gradient_metrics",
         "loop.save_every",
         "loop.save_in_background",
         "loop.keep_last",

@@ -29,6 +29,8 @@ def check_batch(loop: LoopConfig, world: World) -> None:
     """
     if loop.batch_size < world.size:
         raise UsageError(f"loop.batch_size {loop.batch_size} is too small for {world.size} processes; give each one")
+    if world.size > 1 and loop.gradient_metrics:
+        raise UsageError("loop.gradient_metrics needs one process; leave it out")
     if world.size > 1 and loop.parallel == "fsdp" and (loop.compile or loop.grow_rank):
         raise UsageError(f"loop.parallel fsdp cannot {'compile' if loop.compile else 'grow_rank'}; use ddp")
     if world.size > 1 and loop.parallel == "fsdp" and loop.batch_size % world.size:
