@@ -24,6 +24,7 @@ def build_optimizers(
     damping: float = 0.1,
     refresh_every: int = 10,
     betas: tuple[float, float] = (0.9, 0.95),
+    divide_work: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """The optimisers of a model: Kalma (attached), AdamW, or torch's Muon with AdamW beside it.
 
@@ -38,6 +39,7 @@ def build_optimizers(
         damping: Of Kalma's P.
         refresh_every: Steps between refreshes of Kalma's P.
         betas: AdamW's.
+        divide_work: Whether the ranks of a distributed run divide Kalma's work and statistics.
 
     Returns:
         The optimisers; each group keeps its peak rate in ``initial_lr``.
@@ -49,7 +51,7 @@ def build_optimizers(
     groups = kalma_groups(model, lr=lr, weight_decay=weight_decay, auxiliary_lr=auxiliary_lr, core_lr=core_lr)
     if name == "kalma":
         kalma = Kalma(groups, lr=lr, momentum=momentum, damping=damping, refresh_every=refresh_every, betas=betas)
-        kalma.attach(model)
+        kalma.attach(model, divide_work=divide_work)
         optimizers = [kalma]
     elif name == "muon":
         matrices = [g for g in groups if g["method"] == "kalma"]

@@ -26,11 +26,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.optim.adamw import adamw
 
 from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape, damped_inverse, times_blocks
 from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_tensor
+from kalmagrove.optim.division import WorkDivision
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
@@ -116,6 +117,7 @@ class Kalma(torch.optim.Optimizer):
         }
         self._statistics: ActivationStatistics | None = None
         self._process_group: Any = None
+        self._division: WorkDivision | None = None
         super().__init__(_split_by_method(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -127,13 +129,15 @@ class Kalma(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def attach(self, model: nn.Module, *, process_group: Any = None) -> int:
+    def attach(self, model: nn.Module, *, process_group: Any = None, divide_work: bool = False) -> int:
         """Watches the model's layers, so that their inputs give P; without it P is the identity.
 
         Args:
             model: The model that is trained.
             process_group: Ranks over which the inputs' covariances are summed at each refresh, where
                 ``torch.distributed`` is in use; None is all of them.
+            divide_work: Whether each matrix is whitened, and its statistics kept, by one rank alone. Then
+                ``state_dict`` holds this rank's part, and :meth:`gathered_state_dict` the whole.
 
         Returns:
             The number of matrices that are watched. The others, if any, have no P; a warning names them.
@@ -156,6 +160,8 @@ class Kalma(torch.optim.Optimizer):
         if unwatched:
             _warn(f"no layer shows the inputs of {_listed(unwatched)}; there is no P for them")
         self._statistics, self._process_group = statistics, process_group
+        if divide_work and distributed.is_available() and distributed.is_initialized():
+            self._division = WorkDivision(self._costs(), process_group=process_group)
         # P is refreshed with the first step, and then with every refresh_every-th.
         statistics.active = self._refreshes_next()
         return len(statistics.watched)
@@ -165,6 +171,7 @@ class Kalma(torch.optim.Optimizer):
         if self._statistics is not None:
             self._statistics.detach()
             self._statistics = None
+        self._division = None
 
     @property
     def looks_next(self) -> bool:
@@ -271,9 +278,10 @@ class Kalma(torch.optim.Optimizer):
 
     @torch.compiler.disable
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
-        layout = _layout(group)
-        self._refresh(group, [p for p in parameters if id(p) in seen], seen)
-        parts = self._parts(group, layout, parameters)
+        layout, division = _layout(group), self._division
+        own = [division is None or division.is_own(p) for p in parameters]
+        self._refresh(group, [p for p, is_own in zip(parameters, own, strict=True) if is_own and id(p) in seen], seen)
+        parts = self._parts(group, layout, parameters, own)
         by_shape: dict[tuple[Any, ...], list[_Part]] = {}
         for part in parts:
             by_shape.setdefault((part.gradient.shape, part.gradient.dtype, part.gradient.device), []).append(part)
@@ -293,9 +301,11 @@ class Kalma(torch.optim.Optimizer):
             )
             for part, update in zip(equal, whitened, strict=True):
                 updates[part.parameter].append(update)
-        self._apply(
-            group, parameters, [as_shard(layout.restore(u, p), p) for u, p in zip(updates, parameters, strict=True)]
-        )
+        done = [layout.restore(u, p) if u else None for u, p in zip(updates, parameters, strict=True)]
+        whole = [u for u in done if u is not None]
+        if division is not None and parameters:
+            whole = division.exchange(done, parameters, _master_type(parameters[0]))
+        self._apply(group, parameters, [as_shard(u, p) for u, p in zip(whole, parameters, strict=True)])
 
     @staticmethod
     def _apply(group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
@@ -309,12 +319,12 @@ class Kalma(torch.optim.Optimizer):
                 if parameters[index] is not master:
                     parameters[index].copy_(master)
 
-    def _parts(self, group: dict[str, Any], layout: Layout, parameters: list[Tensor]) -> list[_Part]:
-        """The matrices of the parameters with M P and G P, in order; P is the identity where inputs were never seen."""
-        gradients, lookaheads = self._momentum(group, parameters)
+    def _parts(self, group: dict[str, Any], layout: Layout, parameters: list[Tensor], own: list[bool]) -> list[_Part]:
+        """This rank's matrices of the parameters with M P and G P; P is the identity where inputs were never seen."""
+        wholes = self._whole_gradients(group, layout, parameters, own)
         by_shape: dict[tuple[Any, ...], list[int]] = {}
-        wholes = [[layout.whole(whole_tensor(t)) for t in pair] for pair in zip(lookaheads, gradients, strict=True)]
-        for index, (parameter, pair) in enumerate(zip(parameters, wholes, strict=True)):
+        for index, pair in wholes.items():
+            parameter = parameters[index]
             gain = self.state[parameter].get("gain")
             key = (pair[0].shape, pair[0].dtype, pair[0].device, None if gain is None else gain.shape)
             by_shape.setdefault(key, []).append(index)
@@ -329,9 +339,21 @@ class Kalma(torch.optim.Optimizer):
                 wholes[index] = list(product)
         return [
             _Part(index, PartState(self.state[parameters[index]], place), *pair)
-            for index, both in enumerate(wholes)
+            for index, both in wholes.items()
             for place, pair in enumerate(zip(*(layout.parts(t) for t in both), strict=True))
         ]
+
+    def _whole_gradients(
+        self, group: dict[str, Any], layout: Layout, parameters: list[Tensor], own: list[bool]
+    ) -> dict[int, list[Tensor]]:
+        """Look-ahead and gradient of this rank's own parameters, by their place among all of them.
+
+        Every rank has its part of a sharded parameter's momentum; that of any other one is its owner's alone.
+        """
+        held = [i for i, p in enumerate(parameters) if own[i] or hasattr(p, "full_tensor")]
+        gradients, lookaheads = self._momentum(group, [parameters[i] for i in held])
+        wholes = {i: [whole_tensor(t) for t in pair] for i, *pair in zip(held, lookaheads, gradients, strict=True)}
+        return {i: [layout.whole(t) for t in pair] for i, pair in wholes.items() if own[i]}
 
     def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients, and their moving averages with look-ahead, (1 - m) G + m M, as the parameters are held."""
@@ -405,6 +427,22 @@ class Kalma(torch.optim.Optimizer):
         sizes = {key: _block_size(group) for key, group in matrices.items()}
         return sizes, {key: names[key] for key in matrices}
 
+    def _costs(self) -> dict[int, int]:
+        """About the multiplications that whitening each matrix takes, by ``id``."""
+        return {
+            id(p): p.numel() * (p.shape[0] + p.numel() // p.shape[0])
+            for group in self.param_groups
+            if group["method"] in ("kalma", "table")
+            for p in group["params"]
+        }
+
+    def gathered_state_dict(self) -> dict[str, Any]:
+        """The state of all ranks with ``divide_work``, whole on the first; else as ``state_dict``.
+
+        All ranks must call this together.
+        """
+        return self.state_dict() if self._division is None else self._division.gathered_state(self)
+
     def _shapes_of_statistics(self) -> dict[int, tuple[int, int, int]]:
         """The shape of C for each watched matrix, in the order of the groups."""
         assert self._statistics is not None
@@ -421,6 +459,7 @@ class Kalma(torch.optim.Optimizer):
         # load_state_dict comes through here too, and must not end the watch.
         self.__dict__.setdefault("_statistics", None)
         self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_division", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
@@ -453,6 +492,8 @@ class Kalma(torch.optim.Optimizer):
             for name, value in state.items():
                 if isinstance(value, Tensor) and name != "step":
                     self.state[parameter][name] = value.to(parameter.device).clone()
+        if self._division is not None:
+            self._division.forget_others(self)
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
 

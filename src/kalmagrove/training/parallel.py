@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kalmagrove.errors import UsageError
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.optim.distributed import as_shard, whole_tensor
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.training.config import LoopConfig, Parallel
 from kalmagrove.world import World
 
@@ -29,10 +30,11 @@ def check_batch(loop: LoopConfig, world: World) -> None:
     """
     if loop.batch_size < world.size:
         raise UsageError(f"loop.batch_size {loop.batch_size} is too small for {world.size} processes; give each one")
-    if world.size > 1 and loop.gradient_metrics:
-        raise UsageError("loop.gradient_metrics needs one process; leave it out")
-    if world.size > 1 and loop.parallel == "fsdp" and (loop.compile or loop.grow_rank):
-        raise UsageError(f"loop.parallel fsdp cannot {'compile' if loop.compile else 'grow_rank'}; use ddp")
+    for name in ("gradient_metrics", "grow_rank"):
+        if world.size > 1 and getattr(loop, name):
+            raise UsageError(f"loop.{name} needs one process; leave it out")
+    if world.size > 1 and loop.parallel == "fsdp" and loop.compile:
+        raise UsageError("loop.parallel fsdp cannot compile; use ddp")
     if world.size > 1 and loop.parallel == "fsdp" and loop.batch_size % world.size:
         raise UsageError(
             f"loop.parallel fsdp divides loop.batch_size {loop.batch_size} evenly, and {world.size} processes cannot; "
@@ -140,6 +142,14 @@ def whole_state(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(whole_state(item) for item in value)
     return value
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimiser's state with what other processes have of it, complete on the first; for all to call together."""
+    state: dict[str, Any] = whole_state(
+        optimizer.gathered_state_dict() if isinstance(optimizer, Kalma) else optimizer.state_dict()
+    )
+    return state
 
 
 def load_whole_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
