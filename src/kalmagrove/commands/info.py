@@ -31,9 +31,7 @@ def make_info_parser() -> ArgumentParser:
     parser.add_argument("--precision", type=str, default="bf16", help="bf16 or fp32: for the training memory")
     parser.add_argument("--world_size", type=int, default=1, help="devices that share a step: memory is of each")
     parser.add_argument("--parallel", type=str, default="ddp", help="ddp or fsdp, with more than one device")
-    parser.add_argument(
-        "--activation_checkpointing", action="store_true", help="make activations again"
-    )
+    parser.add_argument("--activation_checkpointing", action="store_true", help="make activations again")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from kalmagrove.data.pieces import make_encoder
 from kalmagrove.data.sources import (
     COMPRESSION_SUFFIXES,
     TEXT_SUFFIXES,
@@ -317,7 +318,7 @@ def _write_folder(
     content: str | None,
     report: Progress,
 ) -> None:
-    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    vocab_size = _vocab_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     save_tokenizer(tokenizer, folder, context_length=None)
     splits = _write_tokens(folder, documents, tokenizer, _STORED_TYPES[dtype], report)
@@ -342,21 +343,18 @@ def _write_folder(
 def _write_tokens(
     folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, dtype: np.dtype, report: Progress
 ) -> dict[str, SplitInfo]:
-    from tokenizers import Tokenizer
-
-    # An end-of-text token that stands inside a document is text like any other.
-    encoder = Tokenizer.from_str(tokenizer.to_str())
-    encoder.encode_special_tokens = True
-    end = end_of_text_id(tokenizer)
+    encode = make_encoder(tokenizer, dtype)
+    end = np.array(end_of_text_id(tokenizer), dtype=dtype).tobytes()
     done = 0
     with ExitStack() as stack:
-        writers = {split: _TokenWriter(_token_file(folder, split), dtype) for split in SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
+        writers: dict[str, _TokenWriter] = {}
+        for split in SPLITS:
+            writers[split] = _TokenWriter(_token_file(folder, split), dtype)
+            stack.callback(writers[split].close)
         for batch in _batches(documents):
-            encodings = encoder.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (split, text), encoding in zip(batch, encodings, strict=True):
-                done += writers[split].add(text, [*encoding.ids, end])
+            stored = encode([text for _, text in batch])
+            for (split, text), tokens in zip(batch, stored, strict=True):
+                done += writers[split].add(text, tokens + end)
             report("packing", done)
     return {split: writer.info() for split, writer in writers.items()}
 
@@ -384,13 +382,12 @@ class _TokenWriter:
         self._hash = hashlib.sha256()
         self._tokens = self._bytes = self._words = self._documents = 0
 
-    def add(self, text: str, tokens: list[int]) -> int:
-        """Append a document; returns the UTF-8 bytes of its text."""
-        stored = np.array(tokens, dtype=self._dtype).tobytes()
-        self._file.write(stored)
-        self._hash.update(stored)
+    def add(self, text: str, tokens: bytes) -> int:
+        """Append a document with its stored tokens; returns the UTF-8 bytes of its text."""
+        self._file.write(tokens)
+        self._hash.update(tokens)
         size = len(text.encode())
-        self._tokens += len(tokens)
+        self._tokens += len(tokens) // self._dtype.itemsize
         self._bytes += size
         self._words += len(text.split())
         self._documents += 1
@@ -413,9 +410,39 @@ def _open(folder: Path, *, verify: bool) -> tuple[PackedText, dict[str, Any]]:
     packed = _packed_text(folder, manifest)
     for split, info in packed.splits.items():
         _check_token_file(_token_file(folder, split), info, _STORED_TYPES[packed.dtype].itemsize, verify)
-    if verify and tokenizer_fingerprint(packed.load_tokenizer()) != packed.tokenizer_fingerprint:
-        raise KalmaGroveError(f"the content of {folder / 'tokenizer.json'} changed; {_REMEDY}")
+    if verify:
+        _check_tokens(packed)
     return packed, manifest["inputs"]
+
+
+def _check_tokens(packed: PackedText) -> None:
+    """The tokeniser is the one that made the tokens, and it knows all of them."""
+    tokenizer = packed.load_tokenizer()
+    if tokenizer_fingerprint(tokenizer) != packed.tokenizer_fingerprint:
+        raise KalmaGroveError(f"the content of {packed.folder / 'tokenizer.json'} changed; {_REMEDY}")
+    found = {"vocab_size": _vocab_size(tokenizer), "end_of_text_id": end_of_text_id(tokenizer)}
+    for name, value in found.items():
+        if getattr(packed, name) != value:
+            raise KalmaGroveError(
+                f"{packed.folder / MANIFEST} says {name} {getattr(packed, name)}, but its tokeniser's is {value}; "
+                f"{_REMEDY}"
+            )
+    for split in packed.splits:
+        if _largest_token(_token_file(packed.folder, split), _STORED_TYPES[packed.dtype]) >= packed.vocab_size:
+            raise KalmaGroveError(f"{_token_file(packed.folder, split)} holds tokens that are none; {_REMEDY}")
+
+
+def _largest_token(path: Path, dtype: np.dtype[Any]) -> int:
+    largest = 0
+    # In parts: of a mapped file all that was read would count as the process's memory.
+    with path.open("rb") as file:
+        while len(part := np.fromfile(file, dtype=dtype, count=_BATCH_CHARACTERS)):
+            largest = max(largest, int(part.max()))
+    return largest
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -451,13 +478,17 @@ def _packed_text(folder: Path, manifest: dict[str, Any]) -> PackedText:
 
 
 def _split_info(path: Path, row: dict[str, Any]) -> SplitInfo:
-    return SplitInfo(
+    info = SplitInfo(
         tokens=_field(path, row, "tokens", int),
         bytes=_field(path, row, "bytes", int),
         words=_field(path, row, "words", int),
         documents=_field(path, row, "documents", int),
         sha256=_field(path, row, "sha256", str),
     )
+    for name, least in (("tokens", 1), ("bytes", 0), ("words", 0), ("documents", 1)):
+        if not least <= getattr(info, name) < 1 << 53:
+            raise KalmaGroveError(f"the field {name} of {path} is out of range; {_REMEDY}")
+    return info
 
 
 def _field(path: Path, values: dict[str, Any], name: str, kind: type[_Value]) -> _Value:
@@ -486,4 +517,5 @@ def _token_file(folder: Path, split: str) -> Path:
 
 def _total_fingerprint(tokenizer: str, splits: dict[str, SplitInfo]) -> str:
     parts = [tokenizer, *(f"{split}:{splits[split].sha256}" for split in SPLITS)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    # A spoiled manifest may hold half a surrogate pair, and then fits no file.
+    return hashlib.sha256("\n".join(parts).encode(errors="backslashreplace")).hexdigest()

@@ -285,7 +285,10 @@ def _joined_lines(lines: Iterable[str], longest: int, separator: str | None) -> 
 
 def _bounded(lines: Iterable[str], longest: int) -> Iterator[str]:
     for line in lines:
-        yield from (line[start : start + longest] for start in range(0, len(line), longest))
+        if len(line) <= longest:
+            yield line
+        else:
+            yield from (line[start : start + longest] for start in range(0, len(line), longest))
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
@@ -294,7 +297,7 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             row = None
         text = row.get("text") if isinstance(row, dict) else None
         if not isinstance(text, str):

@@ -80,7 +80,7 @@ def training_memory(
         parameters=total // parts,
         gathered=gathered,
         gradients=total // parts + (gathered if parts > 1 else 0),
-        optimizer=_optimizer_bytes(model, optimizer, parts),
+        optimizer=_optimizer_bytes(model, optimizer, world_size, sharded),
         activations=_activation_bytes(
             config, -(-batch_size // world_size), context_length, precision, activation_checkpointing
         ),
@@ -91,22 +91,22 @@ def _count(parameters: Iterator[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str, parts: int) -> int:
-    """Moments are divided with the parameters; Kalma's statistics are whole on every device."""
+def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str, world_size: int, sharded: bool) -> int:
+    """Moments are divided with the parameters, and what Kalma keeps of a matrix is kept by one device."""
+    parts = world_size if sharded else 1
     if optimizer == "adamw":
         return 2 * FLOAT_BYTES * _count(model.parameters()) // parts
-    divided = whole = 0
+    moments = of_owners = 0
     for group in kalma_groups(model):
         is_matrix, is_whitened = group["method"] == "kalma", optimizer == "kalma" and group["method"] != "adamw"
         for parameter in group["params"]:
-            divided += parameter.numel()
             if is_whitened:
                 outputs, inputs = parameter.shape
-                whole += count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
-                whole += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
-            elif not is_matrix:
-                divided += parameter.numel()
-    return FLOAT_BYTES * (divided // parts + whole)
+                of_owners += parameter.numel() + count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
+                of_owners += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
+            else:
+                moments += parameter.numel() * (1 if is_matrix else 2)
+    return FLOAT_BYTES * (moments // parts + of_owners // world_size)
 
 
 def _activation_bytes(
