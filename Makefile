@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUDGET ?= 9m
 
-.PHONY: demo test lint types unit bench report clean
+.PHONY: demo test lint types unit soak bench report clean
 
 demo: .venv/.installed
 	$(BIN)/python -m kalmagrove compare --budget $(BUDGET) --out runs/demo
@@ -21,6 +21,11 @@ types: .venv/.installed-dev
 
 unit: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -n 2
+
+# 100 kills, every fault, and 20,000 hostile inputs that differ each time.
+soak: .venv/.installed-dev
+	KALMAGROVE_FAULT_KILLS=100 KALMAGROVE_FAULT_INPUTS=20000 KALMAGROVE_FAULT_FRESH=1 \
+		KALMAGROVE_FAULT_SEED=$$(date +%s) $(BIN)/python -m pytest -q -n 2 tests/faults
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py

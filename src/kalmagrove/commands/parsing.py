@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, is_packed, open_packed, prepare
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
+
+MOST_CONFIG_VALUES = 10_000
+"""Of a configuration file; ours have about a hundred."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -40,12 +47,19 @@ def parse(parser: ArgumentParser, words: Sequence[str], short: Mapping[str, str]
     """Parses, with short names replaced by the flags that they stand for.
 
     Raises:
-        UsageError: A flag is unknown (the nearest is offered) or its value is wrong.
+        UsageError: A flag is unknown (the nearest is offered), its value is wrong, or a file of flags is no such file.
     """
+    _check_config_files(words)
     try:
         return parser.parse_args([_expand(word, short or {}) for word in words])
     except ArgumentError as error:
         raise UsageError(_explain(str(error), parser)) from None
+    except UsageError:
+        raise
+    # What a configuration file holds reaches the parser's own code, which has no common error for it.
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(f"the options cannot be read ({reason}); mend the file that --config names") from error
 
 
 def build(parser: ArgumentParser, namespace: Namespace) -> Any:
@@ -58,8 +72,8 @@ def build(parser: ArgumentParser, namespace: Namespace) -> Any:
         return parser.instantiate(namespace)
     except UsageError:
         raise
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UsageError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def say(line: str) -> None:
@@ -96,6 +110,32 @@ def open_data(config: DataConfig) -> PackedText:
             seed=config.seed,
             progress=progress,
         )
+
+
+def _check_config_files(words: Sequence[str]) -> None:
+    """An alias can make a small file a huge value, so what it stands for is counted before it is built."""
+    for word, following in pairwise([*words, ""]):
+        flag, equals, value = word.partition("=")
+        path = Path(value if equals else following)
+        if flag != "--config" or not path.is_file():
+            continue
+        root = None
+        # What else is wrong with the file is said by the parser.
+        with suppress(yaml.YAMLError, ValueError, RecursionError):
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        if root is not None and _expanded_size(root, {}) > MOST_CONFIG_VALUES:
+            raise UsageError(f"{path} stands for more than {MOST_CONFIG_VALUES:,} values; write fewer aliases")
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """The values of a node when every alias is written out."""
+    if id(node) not in sizes:
+        # A node inside itself has no end.
+        sizes[id(node)] = math.inf
+        items = [] if isinstance(node.value, str) else node.value
+        parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
+        sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def _expand(word: str, short: Mapping[str, str]) -> str:

@@ -72,9 +72,13 @@ def run(words: Sequence[str]) -> None:
         return
     test = result["test"]
     print(
-        f"{options.out}: test perplexity {test['perplexity']:.2f}, {test['bits_per_byte']:.3f} bits per byte, after "
-        f"{result['tokens']:,} tokens in {result['seconds']:.0f} s of training steps"
+        f"{options.out}: test perplexity {_shown(test['perplexity'])}, {test['bits_per_byte']:.3f} bits per byte, "
+        f"after {result['tokens']:,} tokens in {result['seconds']:.0f} s of training steps"
     )
+
+
+def _shown(perplexity: float | None) -> str:
+    return "too large" if perplexity is None else f"{perplexity:.2f}"
 
 
 def _open_data_once(config: DataConfig, world: World) -> PackedText:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +16,10 @@ FORMAT = 1
 FILE_NAME = "results.json"
 ENOUGH_TOKENS_PER_PARAMETER = 20
 """Training tokens a parameter below which a comparison only screens ideas; about what compute-optimal training uses."""
+
+LARGEST_NUMBER = 1e306
+LARGEST_USABLE = 1e60
+"""Value of a metric above which there is nothing to compare."""
 
 Split = Literal["valid", "test"]
 Metric = Literal["loss", "perplexity", "word_perplexity", "bits_per_byte"]
@@ -121,10 +124,10 @@ class Model:
     runs: tuple[Run, ...]
 
     def by_seed(self, split: Split, metric: Metric) -> dict[int, float]:
-        """The finite values of one metric by seed, from the runs that have them."""
+        """The values of one metric by seed, from the runs that have one that can be reckoned with."""
         scores = {run.seed: run.valid if split == "valid" else run.test for run in self.runs}
         values = {seed: getattr(score, metric) for seed, score in scores.items() if score is not None}
-        return {seed: value for seed, value in values.items() if value is not None and math.isfinite(value)}
+        return {seed: value for seed, value in values.items() if value is not None and _is_usable(value)}
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ def load_results(path: Path) -> Results:
         record = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise KalmaGroveError(f"{file} does not exist; give the folder of a comparison") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise KalmaGroveError(f"{file} cannot be read as JSON: {error}") from None
     return Results.from_dict(record, where=str(file))
 
@@ -333,7 +336,16 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
         names = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
         raise KalmaGroveError(f"{where} must be {names[hint]}, got {_shown(value)}")
+    if hint in (int, float):
+        limit = LARGEST_NUMBER if hint is float else 1 << 63
+        if not 0 <= typing.cast(float, value) <= limit:
+            raise KalmaGroveError(f"{where} is negative, too large or not a number")
     return float(value) if hint is float else value
+
+
+def _is_usable(value: float) -> bool:
+    """Squares and ratios of such values are floats too."""
+    return value == 0 or 1 / LARGEST_USABLE < value < LARGEST_USABLE
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,7 +132,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: A file is missing, cut, changed, a symbolic link or unreadable, or the format is unknown.
     """
-    try:
+    with naming_checkpoint(path):
         step = _verify(path)
         state = json.loads((path / _STATE).read_bytes())
         model = _read_tensors(path / _MODEL, state["model_aliases"])
@@ -139,13 +140,28 @@ def load_checkpoint(path: Path) -> Checkpoint:
         optimizer = _decode(state["optimizer"], optimizer_tensors)
         if state["step"] != step:
             raise CheckpointError(path, f"{_MANIFEST} says step {step} and {_STATE} says step {state['step']}")
-        return Checkpoint(path=path, step=step, model=model, optimizer=optimizer, progress=state["progress"])
-    except CheckpointError:
+        named = _CHECKPOINT_NAME.fullmatch(path.name)
+        if named is not None and int(named[1]) != step:
+            raise CheckpointError(path, f"it holds step {step}, which is not that of its name")
+        return Checkpoint(path=path, step=step, model=model, optimizer=optimizer, progress=dict(state["progress"]))
+
+
+@contextmanager
+def naming_checkpoint(path: Path) -> Iterator[None]:
+    """Turns what goes wrong with a checkpoint's content, while it is read or used, into an error that names it.
+
+    Raises:
+        CheckpointError: The content cannot be read, or does not have the form that it should.
+    """
+    try:
+        yield
+    except KalmaGroveError:
         raise
     except OSError as error:
         raise CheckpointError(path, f"it cannot be read ({error.strerror or error})") from error
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(path, f"its content does not have the checkpoint format ({error!r})") from error
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = repr(error) if len(repr(error)) < 300 else repr(error)[:297] + "..."
+        raise CheckpointError(path, f"its content does not have the checkpoint format ({reason})") from error
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -182,12 +198,12 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    if not final.exists():
+    if not os.path.lexists(final):
         os.rename(temporary, final)
         return
     # A folder cannot be renamed over a full one; the old one keeps a name under which it can be found meanwhile.
     replaced = final.with_name(final.name + _REPLACED)
-    if replaced.exists():
+    if os.path.lexists(replaced):
         _remove_checkpoint(replaced)
     os.rename(final, replaced)
     try:
@@ -290,7 +306,7 @@ def _read_tensors(path: Path, aliases: Mapping[str, str]) -> dict[str, "Tensor"]
             names = file.keys()
             tensors = {name: file.get_tensor(name).clone() for name in names}
     except SafetensorError as error:
-        raise CheckpointError(path.parent, f"{path.name} is not a safetensors file ({error})") from error
+        raise CheckpointError(path.parent, f"{path.name} is not a safetensors file ({str(error)[:300]!r})") from error
     return tensors | {alias: tensors[name] for alias, name in aliases.items()}
 
 
@@ -351,13 +367,16 @@ def _verify(path: Path) -> int:
             raise CheckpointError(path, f"{name} {change}: it has {size} bytes, not {listed['bytes']}")
         if _sha256(file) != listed["sha256"]:
             raise CheckpointError(path, f"{name} has changed since it was written (its SHA-256 differs)")
-    return manifest["step"]
+    step = manifest["step"]
+    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:
+        raise CheckpointError(path, f"{_MANIFEST} has no sound step")
+    return step
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(_regular_file(path, _MANIFEST).read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(path, f"{_MANIFEST} is cut or is not JSON") from error
     version = manifest["format_version"]
     if version != FORMAT_VERSION:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,20 @@ from kalmagrove.models.growing import grow_rank
 from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.optim.build import build_optimizers, keep_state, scale_learning_rates
 from kalmagrove.optim.distributed import whole_tensor
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
-from kalmagrove.training.checkpoint import Checkpoint
+from kalmagrove.training.checkpoint import Checkpoint, naming_checkpoint
 from kalmagrove.training.config import TrainConfig
-from kalmagrove.training.parallel import ParallelLoss, check_batch, load_whole_model, load_whole_optimizer, whole_state
+from kalmagrove.training.measures import gradient_noise_scale, matrices_of, update_ratio
+from kalmagrove.training.parallel import (
+    ParallelLoss,
+    check_batch,
+    load_whole_model,
+    load_whole_optimizer,
+    whole_optimizer_state,
+    whole_state,
+)
 from kalmagrove.world import ALONE, World
 
 VALIDATION_TOKENS = 32768
@@ -40,12 +49,16 @@ class StepResult:
         grad_norm: Norm of the gradient before clipping.
         lr: Learning rate of the first group.
         seconds: Wall time of the step, optimiser included.
+        update_ratio: Change of the matrices relative to them; None where it was not asked for.
+        gradient_noise_scale: In tokens; None where it was not asked for, or cannot be told from this batch.
     """
 
     loss: float
     grad_norm: float
     lr: float
     seconds: float
+    update_ratio: float | None = None
+    gradient_noise_scale: float | None = None
 
 
 class TrainingDiverged(KalmaGroveError):
@@ -93,10 +106,14 @@ class TrainingRun:
             self.model.make_activations_again()
         self._check_growth()
         # Too little text is an error here, before step 1.
-        example = self.batch(0)[:1].to(self.device)
-        self.loss = ParallelLoss(self.model, world, loop.parallel, example=example)
-        self.optimizers = self._build_optimizers()
+        self._example = self.batch(0)[:1].to(self.device)
+        self._prepare_for_training()
         self.step, self.is_whole = 0, True
+
+    def _prepare_for_training(self) -> None:
+        loop = self.config.loop
+        self.loss = ParallelLoss(self.model, self.world, loop.parallel, compiled=loop.compile, example=self._example)
+        self.optimizers = self._build_optimizers()
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         optim = self.config.optim
@@ -109,6 +126,7 @@ class TrainingRun:
             damping=optim.damping,
             refresh_every=optim.refresh_every,
             betas=(optim.beta1, optim.beta2),
+            divide_work=self.world.size > 1,
         )
 
     def _check_growth(self) -> None:
@@ -127,7 +145,8 @@ class TrainingRun:
     def _grow(self, step: int, rank: int) -> None:
         """A larger rank; parameters of unchanged shape keep their optimiser state."""
         grow_rank(self.model, rank, seed=self.config.loop.seed + step)
-        former, self.optimizers = self.optimizers, self._build_optimizers()
+        former = self.optimizers
+        self._prepare_for_training()
         for old, new in zip(former, self.optimizers, strict=True):
             keep_state(old, new)
 
@@ -155,6 +174,34 @@ class TrainingRun:
                 rows=range(first, end),
             )
         )
+
+    def measured_step(self) -> StepResult:
+        """One optimiser step with its update ratio and gradient noise scale; the same step as without.
+
+        Raises:
+            TrainingDiverged: As for `train_step`.
+        """
+        before = matrices_of(self.model)
+        noise_scale = self._noise_scale()
+        result = self.train_step()
+        after = [p.detach() for p in self.model.parameters() if p.ndim >= 2]
+        grown = len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True))
+        ratio = None if grown else update_ratio(before, after)
+        return replace(result, update_ratio=ratio, gradient_noise_scale=noise_scale)
+
+    def _noise_scale(self) -> float | None:
+        def loss_sum(part: torch.Tensor) -> torch.Tensor:
+            with autocast(self.precision, self.device):
+                return self.model.token_loss_sum(part[:, :-1], part[:, 1:])
+
+        tokens = self.batch(self.step)[: self.config.loop.micro_batch_size].to(self.device)
+        if len(tokens) < 2:
+            return None
+        self._set_hooks(False)
+        try:
+            return gradient_noise_scale(list(self.model.parameters()), tokens, loss_sum)
+        finally:
+            self._set_hooks(True)
 
     def train_step(self) -> StepResult:
         """One optimiser step.
@@ -194,15 +241,23 @@ class TrainingRun:
         """Gradients of the mean loss over the whole batch, however it is cut; returns that mean."""
         count = self.config.loop.tokens_per_step
         total = 0.0
+        is_watched = any(isinstance(optimizer, Kalma) and optimizer.looks_next for optimizer in self.optimizers)
+        if self.config.loop.compile:
+            self._set_hooks(is_watched)
         parts = tokens.split(micro_batch_size)
         for number, part in enumerate(parts, start=1):
             with self.loss.without_averaging(last=number == len(parts)):
                 with autocast(self.precision, self.device):
-                    nats = self.loss.compute(part[:, :-1], part[:, 1:])
+                    nats = self.loss.compute(part[:, :-1], part[:, 1:], is_watched=is_watched)
                 # Gradients are averaged over the processes, and this mean is over all of their tokens.
                 (nats * (self.world.size / count)).backward()
             total += float(nats.detach())
         return self.world.sum([total], self.device)[0] / count
+
+    def _set_hooks(self, on: bool) -> None:
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Kalma):
+                optimizer.set_hooks(on)
 
     def validation_loss(self) -> float:
         """Mean nats a token over the first part of the validation split, or of all where it is small."""
@@ -222,7 +277,7 @@ class TrainingRun:
         """What a checkpoint holds: ``model``, ``optimizer`` and ``progress``; all processes ask for it together."""
         return {
             "model": whole_state(self.model.state_dict()),
-            "optimizer": {"optimizers": [whole_state(optimizer.state_dict()) for optimizer in self.optimizers]},
+            "optimizer": {"optimizers": [whole_optimizer_state(optimizer) for optimizer in self.optimizers]},
             "progress": {
                 "step": self.step,
                 "tokens": self.step * self.config.loop.tokens_per_step,
@@ -243,8 +298,12 @@ class TrainingRun:
         """Goes on from a checkpoint.
 
         Raises:
-            KalmaGroveError: The checkpoint was made with other data.
+            KalmaGroveError: The checkpoint was made with other data, or for another model.
         """
+        with naming_checkpoint(checkpoint.path):
+            self._restore(checkpoint)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.progress["data_fingerprint"] != self.data.fingerprint:
             raise KalmaGroveError(
                 f"{checkpoint.path} was trained on other data; give the same data, or start a new run folder"

@@ -227,7 +227,7 @@ def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_change
     if not isinstance(stored, dict):
         raise KalmaGroveError(f"{run.config_path} does not hold a configuration; choose another run folder")
     differences = [
-        f"{name}: {_shorten(old)} -> {_shorten(new)}"
+        f"{_shorten(name)}: {_shorten(old)} -> {_shorten(new)}"
         for name, old, new in _differences(stored, config, "")
         if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in allow_changed)
     ]
@@ -264,7 +264,7 @@ def _differences(old: Any, new: Any, name: str) -> list[tuple[str, Any, Any]]:
 
 def _shorten(value: Any) -> str:
     # An alias can make a small file a huge value, so what is nested is not written out.
-    text = reprlib.repr(value) if isinstance(value, dict | list) else str(value)
+    text = " ".join((reprlib.repr(value) if isinstance(value, dict | list) else str(value)).split())
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
 
 

@@ -13,7 +13,7 @@ from kalmagrove.data.tokenizer import save_tokenizer
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import remove, replace_folder, temporary_name, write_json_atomic
 from kalmagrove.models.convert import save_model
-from kalmagrove.training.checkpoint import checkpoint_path, latest_checkpoint
+from kalmagrove.training.checkpoint import checkpoint_path, latest_checkpoint, naming_checkpoint
 from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
 from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
@@ -81,7 +81,8 @@ class TrainingSession:
             warn(line)
         if checkpoint is not None:
             self.run.restore(checkpoint)
-            self.seconds = float(checkpoint.progress["seconds"])
+            with naming_checkpoint(checkpoint.path):
+                self.seconds = float(checkpoint.progress["seconds"])
             self.saved_step = self.run.step
         elif damaged:
             raise KalmaGroveError(
@@ -133,14 +134,15 @@ class TrainingSession:
             TrainingDiverged: The loss is not finite; the message names the last good checkpoint.
         """
         try:
-            result = self.run.train_step()
+            is_measured = self.run.config.loop.gradient_metrics and self._logging_due(self.run.step + 1)
+            result = self.run.measured_step() if is_measured else self.run.train_step()
         except TrainingDiverged as error:
             self._write({"step": self.run.step + 1, "diverged": str(error)})
             kept = f"the last good checkpoint is step {self.saved_step}" if self.saved_step >= 0 else "none was saved"
             raise TrainingDiverged(f"{error}; {kept} in {self.folder.path}") from None
         self.seconds += result.seconds
-        loop, step = self.run.config.loop, self.run.step
-        if step % loop.log_every == 0 or self._evaluation_due():
+        step = self.run.step
+        if self._logging_due(step) or self._evaluation_due():
             self._write(self._record(result))
         # Saving comes before the evaluation: a crash there loses nothing.
         if self._saving_due():
@@ -148,6 +150,9 @@ class TrainingSession:
         if self._evaluation_due():
             self._evaluate()
         return result
+
+    def _logging_due(self, step: int) -> bool:
+        return step % self.run.config.loop.log_every == 0
 
     def _saving_due(self) -> bool:
         loop = self.run.config.loop
@@ -195,6 +200,10 @@ class TrainingSession:
             "step_seconds": result.seconds,
             "seconds": self.seconds,
             "peak_memory_bytes": peak_memory_bytes(self.run.device),
+        } | {
+            name: value
+            for name in ("update_ratio", "gradient_noise_scale")
+            if (value := getattr(result, name)) is not None
         }
 
     def save(self) -> Path:

@@ -46,6 +46,7 @@ def train(
     try:
         done = session.folder.read_result()
         if done is not None:
+            _require_scores(done, session.folder.result_path)
             say(f"{folder} is complete already; choose another folder for a new run")
             return done
         for line in describe_run(session.run):
@@ -65,6 +66,16 @@ def train(
         raise ProcessLost(f"process {world.rank} lost the connection to another one; all steps are saved") from error
     finally:
         session.close()
+
+
+def _require_scores(result: dict[str, Any], path: Path) -> None:
+    """What is shown of a result must be in it."""
+    test = result.get("test")
+    shown = [result.get("tokens"), result.get("seconds")]
+    # A perplexity that is too large for a number is null.
+    shown += [test.get("bits_per_byte"), test.get("perplexity", "") or 0.0] if isinstance(test, dict) else [None]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in shown):
+        raise KalmaGroveError(f"{path} lacks the scores of a run; delete it and run again")
 
 
 def describe_run(run: TrainingRun) -> list[str]:
