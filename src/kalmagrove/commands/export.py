@@ -7,17 +7,22 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.parsing import make_parser, open_data, parse
+from kalmagrove.errors import UsageError
 
 EXAMPLES = """\
   kalmagrove export runs/book --out book-dense
-  kalmagrove export runs/grove-llama --format llama --out book-llama"""
+  kalmagrove export runs/grove-llama --format llama --out book-llama
+  kalmagrove export runs/book --checkpoint best --out book-best"""
 
 
 def make_export_parser() -> ArgumentParser:
     """The flags of ``kalmagrove export``."""
     parser = make_parser(
-        "export", "A model as a plain dense folder: Grove's weights are multiplied out.", EXAMPLES, configurable=False
+        "export",
+        "A model as a plain dense folder: Grove's weights are multiplied out. Or the model of a checkpoint, as it is.",
+        EXAMPLES,
+        configurable=False,
     )
     parser.add_argument("model", type=str, help="a run folder, a model folder or a Hub name")
     parser.add_argument("--out", type=Path, required=True, help="the new folder")
@@ -27,6 +32,12 @@ def make_export_parser() -> ArgumentParser:
         default="auto",
         help="llama or gpt2: a folder that every tool opens; dense: ours without Grove; auto: the first that fits",
     )
+    parser.add_argument(
+        "--checkpoint",
+        type=str,
+        default=None,
+        help="of a run folder: last, best or a step; the folder is like the run's own model, with Grove's factors",
+    )
     parser.add_argument("--adaptor", type=str, default=None, help="a task core to merge")
     return parser
 
@@ -34,6 +45,14 @@ def make_export_parser() -> ArgumentParser:
 def run(words: Sequence[str]) -> None:
     """Writes the folder."""
     options = parse(make_export_parser(), words)
+    if options.checkpoint is not None:
+        if options.format != "auto" or options.adaptor is not None:
+            raise UsageError("--checkpoint takes the model as it is; export the new folder for --format and --adaptor")
+        from kalmagrove.training.checkpoint_model import export_checkpoint
+
+        step = export_checkpoint(Path(options.model), options.checkpoint, options.out, open_data=open_data)
+        print(f"{options.out}: the model after step {step}")
+        return
     from kalmagrove.models.exporting import export_folder
 
     family = export_folder(options.model, options.out, form=options.format, adaptor=options.adaptor)

@@ -18,7 +18,11 @@ from kalmagrove.training.config import DataConfig, TrainConfig
 if TYPE_CHECKING:
     from kalmagrove.world import World
 
-SHORT = {"--data": "--data.source", "--tokens": "--loop.tokens", "--preset": "--model.preset", "--seed": "--loop.seed"}
+SHORT = {
+    "--data": "--data.source",
+    "--preset": "--model.preset",
+    **{f"--{name}": f"--loop.{name}" for name in ("tokens", "seed", "save_every", "compile")},
+}
 EXAMPLES = """\
   kalmagrove train --out runs/first                        (built-in corpus, kalmagrove-mini)
   kalmagrove train --data book.txt --preset llama-tiny --optim.name adamw --tokens 5m --out runs/book
@@ -28,7 +32,8 @@ EXAMPLES = """\
 
   kalmagrove train --nproc 4 --loop.parallel fsdp --preset kalmagrove-large --out runs/large
 
---data, --tokens, --preset and --seed are short for --data.source, --loop.tokens, --model.preset and --loop.seed.
+--data, --preset, --tokens, --seed, --save_every and --compile are short for --data.source, --model.preset,
+--loop.tokens, --loop.seed, --loop.save_every and --loop.compile.
 The same command in the same folder goes on where it stopped, with any number of processes. For several machines:
 torchrun ... -m kalmagrove train ..."""
 

@@ -183,6 +183,11 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, passed_over
 
 
+def named_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder of checkpoints, sound or not, in order."""
+    return sorted(step for step, has_own_name, _ in _named_checkpoints(folder) if has_own_name)
+
+
 def _named_checkpoints(folder: Path) -> Iterator[tuple[int, bool, Path]]:
     """Yield (step, whether it holds its own name, path); one without its name was being replaced in a crash."""
     if folder.is_dir():

@@ -5,6 +5,7 @@ import json
 import os
 import reprlib
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import IO, Any, Self
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import remove, write_json_atomic, write_text_atomic
 
-_LOCK = ".lock"
+LOCK_NAME = ".lock"
+_LOCK_ATTEMPTS, _SECONDS_BETWEEN_ATTEMPTS = 5, 0.05
 _ABSENT = "(absent)"
 _SHOWN_DIFFERENCES = 3
 _SHOWN_CHARACTERS = 60
@@ -205,7 +207,7 @@ def _require_run_folder_or_empty(run: RunFolder) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise KalmaGroveError(f"{run.path} is a file; choose another run folder")
     # A crash before the first configuration was in place leaves only a lock or a temporary file.
-    unfinished = (_LOCK, f".{run.config_path.name}.tmp-")
+    unfinished = (LOCK_NAME, f".{run.config_path.name}.tmp-")
     if run.path.is_dir() and any(not entry.name.startswith(unfinished) for entry in run.path.iterdir()):
         raise KalmaGroveError(
             f"{run.path} is not empty and is not a run folder (it has no config.yaml); choose another folder"
@@ -270,16 +272,17 @@ def _shorten(value: Any) -> str:
 
 def _lock(folder: Path) -> IO[bytes]:
     """Open the folder's lock file and hold it; the system frees it when the process ends in any way."""
-    file = (folder / _LOCK).open("ab")
+    file = (folder / LOCK_NAME).open("ab")
     try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A reader that looks whether a run is alive holds the lock for a moment.
+        for attempt in range(_LOCK_ATTEMPTS):
+            try:
+                _take_lock(file)
+                return file
+            except BlockingIOError:
+                if attempt == _LOCK_ATTEMPTS - 1:
+                    raise
+                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
     except OSError as error:
         # Some network file systems have no locks, and a run there is better than none.
         if error.errno not in _NO_LOCKS_HERE:
@@ -288,6 +291,17 @@ def _lock(folder: Path) -> IO[bytes]:
                 f"Run folder {folder} is in use by another process; wait for it to end or choose another folder"
             ) from error
     return file
+
+
+def _take_lock(file: IO[bytes]) -> None:
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _unlock(file: IO[bytes]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.training.run_folder import _LOCK, RunFolder
+from kalmagrove.training.run_folder import LOCK_NAME, RunFolder
 
 Status = Literal["running", "stopped", "finished", "diverged"]
 ENDED: frozenset[Status] = frozenset({"finished", "diverged"})
@@ -219,7 +219,7 @@ class FolderWatch:
 def is_in_use(folder: Path) -> bool:
     """Whether a process holds a run folder; False where the system has no locks."""
     try:
-        with (folder / _LOCK).open("rb") as file:
+        with (folder / LOCK_NAME).open("rb") as file:
             return _is_locked(file)
     except OSError:
         return False
