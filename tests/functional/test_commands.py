@@ -307,6 +307,16 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     again.communicate()
 
 
+def test_compare_under_torchrun_is_an_error(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, error = answer(capsys, "compare", "--data", str(text_file), "--out", str(tmp_path / "run"))
+    assert code == 2 and "compare takes its models in turns in one process" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_import_and_help_load_neither_torch_nor_transformers() -> None:
     program = (
         "import sys, kalmagrove, kalmagrove.cli; kalmagrove.cli.main(['--help']); "

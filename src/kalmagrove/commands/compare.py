@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
 from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.errors import UsageError
 
 SHORT = {"--data": "--data.source", "--tokens": "--loop.tokens"}
 EXAMPLES = """\
@@ -41,7 +42,10 @@ def run(words: Sequence[str]) -> None:
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
     from kalmagrove.comparison.compare import compare
     from kalmagrove.training.environment import keep_freed_memory
+    from kalmagrove.world import world_of_environment
 
+    if world_of_environment().size > 1:
+        raise UsageError("compare takes its models in turns in one process; start it without torchrun")
     keep_freed_memory()
     folder = Path(options.out)
     command = "kalmagrove compare " + shlex.join(words)
