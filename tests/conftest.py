@@ -35,3 +35,24 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packed(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> PackedText:
     return prepare(str(text_file), tmp_path_factory.mktemp("packed") / "stories", vocab_size=300)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says how much was tried, and in how many tests something was lost."""
+    reports = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and "tests/faults/" in report.nodeid
+    ]
+    if not reports:
+        return
+    counted = {"kills": "kills survived", "faults": "faults tried", "inputs": "hostile inputs tried"}
+    totals = dict.fromkeys(counted, 0)
+    for report in reports:
+        for name, number in report.user_properties:
+            if str(name).startswith("faults."):
+                totals[name.removeprefix("faults.")] += number
+    counts = ", ".join(f"{counted[name]}: {number:,}" for name, number in totals.items())
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{counts}, losses: {sum(report.failed for report in reports)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.files import replace_folder, temporary_name
 from kalmagrove.models.convert import as_decoder, load_model, model_folder, obstacles, save_model, stock_family
 from kalmagrove.models.merging import merge
 
@@ -56,7 +57,7 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
     if form in ("llama", "gpt2") and family != form:
         found = ", ".join(obstacles(merged.config, form)) or "tied embeddings or the width of its heads"  # type: ignore[arg-type]
         raise UsageError(f"this model cannot be written as {form}: it differs in {found}; use --format dense")
-    temporary = folder.with_name(f".{folder.name}.partial")
+    temporary = temporary_name(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         if form == "dense":
@@ -67,9 +68,7 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
             path = Path(model_folder(source)) / name
             if path.is_file():
                 shutil.copyfile(path, temporary / name)
-        if folder.exists():
-            folder.rmdir()
-        temporary.rename(folder)
+        replace_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         raise KalmaGroveError(f"cannot write {folder}: {error}") from error
     finally:

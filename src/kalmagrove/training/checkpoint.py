@@ -160,6 +160,10 @@ def naming_checkpoint(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(path, f"it cannot be read ({error.strerror or error})") from error
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
+        from kalmagrove.world import is_lost_connection
+
+        if isinstance(error, RuntimeError) and is_lost_connection(error):
+            raise
         reason = repr(error) if len(repr(error)) < 300 else repr(error)[:297] + "..."
         raise CheckpointError(path, f"its content does not have the checkpoint format ({reason})") from error
 
