@@ -20,7 +20,7 @@ STEPS = 60
 OPTIONS = [
     "--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--model.head_dim", "8", "--loop.batch_size", "4",
     "--loop.context_length", "24", "--loop.device", "cpu", "--loop.precision", "fp32", "--data.vocab_size", "300",
-    "--loop.log_every", "1", "--loop.save_every", "500", "--tokens", str(STEPS * 4 * 24),
+    "--loop.log_every", "1", "--loop.save_every", "4", "--tokens", str(STEPS * 4 * 24),
 ]  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 DEADLINE = 120.0
@@ -90,10 +90,12 @@ def test_nproc_ends_with_a_checkpoint_that_one_process_goes_on_from(
     os.kill(workers(launcher)[1] if number == signal.SIGKILL else launcher.pid, number)
     assert launcher.wait(DEADLINE) == code, log.read_text()
     said = log.read_text()
-    assert "Traceback" not in said and "saved" in said
+    assert "Traceback" not in said
+    # A killed process may leave the others in the middle of an update, which cannot be saved.
+    assert "; saved " in said or number == signal.SIGKILL
     assert ("process 1 of 2 was ended by SIGKILL" in said) == (number == signal.SIGKILL)
-    [saved] = checkpoints(folder)
-    assert 5 <= int(saved.removeprefix("step-")) < STEPS
+    saved = int(checkpoints(folder)[-1].removeprefix("step-"))
+    assert 4 <= saved < STEPS
     assert start([sys.executable, *command(text_file, folder)], log).wait(DEADLINE) == 0, log.read_text()
     assert losses(folder) == pytest.approx(unbroken, abs=0.02)
 

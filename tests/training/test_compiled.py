@@ -27,6 +27,8 @@ def run(packed: PackedText, *, compiled: bool) -> TrainingRun:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.filterwarnings("ignore")  # Of torch's own compiler.
 def test_compiled_steps_are_the_plain_ones(packed: PackedText) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     plain, compiled = run(packed, compiled=False), run(packed, compiled=True)
     for _ in range(5):
         assert compiled.train_step().loss == pytest.approx(plain.train_step().loss, abs=1e-3)
