@@ -22,6 +22,7 @@ COMMANDS = {
     "info": "parameters, FLOPs and memory of a model before it is trained",
     "export": "a model as a plain dense folder, for other tools",
     "data": "tokenise and pack a text (data prepare)",
+    "scale": "scaling laws of finished runs (scale fit)",
     "report": "write a comparison's report again",
 }
 _HELP = """usage: kalmagrove COMMAND [options]

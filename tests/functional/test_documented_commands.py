@@ -20,6 +20,7 @@ PARSERS = {
     "report": ("report", "make_report_parser"),
     "data": ("data", "make_data_parser"),
     "watch": ("watch", "make_watch_parser"),
+    "scale": ("scale", "make_scale_fit_parser"),
 }
 
 
@@ -44,7 +45,7 @@ def test_a_documented_command_is_accepted(line: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line)[1:]
     module = importlib.import_module(f"kalmagrove.commands.{PARSERS[words[0]][0]}")
-    arguments = words[2:] if words[0] == "data" else words[1:]
+    arguments = words[2:] if words[0] in ("data", "scale") else words[1:]
     if "--config" in arguments:
         place = arguments.index("--config") + 1
         written = ROOT / arguments[place]

@@ -1,0 +1,1 @@
+"""Scaling laws: losses of many runs against parameters, tokens and rank."""

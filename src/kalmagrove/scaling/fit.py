@@ -1,0 +1,227 @@
+"""The fit of one law to one family: robust, from many starts, with bootstrapped intervals and a held-out error."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.scaling.laws import Array, Design, LawName, make_design
+from kalmagrove.scaling.points import Point
+
+HUBER_DELTA = 1e-3
+"""Residuals beyond it count by their size, not their square; of log loss, as in arXiv:2203.15556."""
+
+FEWEST_POINTS = 8
+LARGEST_EXPONENT = 2.0
+AGREE = 1e-6
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law.
+
+    Attributes:
+        law: Its name.
+        design: The law at the points.
+        unknowns: The solution, in the order of ``design.names``.
+        objective: Sum of Huber losses there.
+        starts: Searches that were made.
+        agreeing: Searches that ended at this objective.
+        worth_of_repetition: R*, where it was fitted.
+    """
+
+    law: LawName
+    design: Design
+    unknowns: Array
+    objective: float
+    starts: int
+    agreeing: int
+    worth_of_repetition: float | None = None
+
+    @property
+    def constants(self) -> dict[str, float]:
+        """In the points' own units."""
+        repeated = {} if self.worth_of_repetition is None else {"R*": self.worth_of_repetition}
+        return self.design.constants(self.unknowns) | repeated
+
+    def losses(self, points: Sequence[Point]) -> Array:
+        """Nats a token that the law expects of other points."""
+        design = make_design(
+            self.law,
+            points,
+            worth_of_repetition=self.worth_of_repetition,
+            centre=self.design.centre,
+            rank="gamma" in self.constants,
+        )
+        return design.losses(design.predict(self.unknowns))
+
+
+def fit_law(law: LawName, points: Sequence[Point], *, repeated: bool = False) -> Fit:
+    """The best fit over all starts.
+
+    Args:
+        law: Which.
+        points: Of one family.
+        repeated: Whether to fit what repeated tokens are worth too.
+
+    Raises:
+        KalmaGroveError: There are fewer different points than unknowns, or one size or one number of tokens alone.
+    """
+    _check_points(law, points)
+    fit = _best(law, make_design(law, points))
+    return _with_repetition(fit, points) if repeated else fit
+
+
+def _with_repetition(fit: Fit, points: Sequence[Point]) -> Fit:
+    """The best R*, each value's search beginning at the solution of the one before."""
+    best, unknowns = fit, fit.unknowns
+    for worth in np.geomspace(100.0, 1.0, 41):
+        design = make_design(fit.law, points, worth_of_repetition=worth)
+        unknowns, objective = search(design, unknowns)
+        if objective < best.objective or best is fit:
+            best = Fit(fit.law, design, unknowns, objective, fit.starts, fit.agreeing, float(worth))
+    return best
+
+
+def _check_points(law: LawName, points: Sequence[Point]) -> None:
+    needed = 3 if law == "power" else 5
+    different = {(point.parameters, point.tokens, point.rank_ratio) for point in points}
+    if len(different) <= needed:
+        raise KalmaGroveError(
+            f"{len(different)} different runs are too few for the law {law}, which needs more than {needed}; add sizes"
+        )
+    for name in ("parameters", "tokens"):
+        if len({getattr(point, name) for point in points}) < 2:
+            raise KalmaGroveError(f"all runs have the same number of {name}; a law needs several")
+
+
+def _best(law: LawName, design: Design) -> Fit:
+    found = [search(design, start) for start in _starts(design)]
+    objectives = np.array([objective for _, objective in found])
+    best = int(np.argmin(objectives))
+    agreeing = int((objectives <= objectives[best] * (1 + AGREE) + 1e-15).sum())
+    return Fit(law, design, found[best][0], float(objectives[best]), len(found), agreeing)
+
+
+def search(design: Design, start: Array) -> tuple[Array, float]:
+    """The unknowns that a search from ``start`` ends at, and the objective there."""
+    # The objective is scaled up: it is small, and the search stops at absolute changes.
+    scale = 1e3 / (HUBER_DELTA * len(design.target))
+
+    def objective(unknowns: Array) -> tuple[float, Array]:
+        predicted, derivative = design.predict_with_gradient(unknowns)
+        residual = predicted - design.target
+        inside = np.abs(residual) <= HUBER_DELTA
+        value = np.where(inside, residual**2 / 2, HUBER_DELTA * (np.abs(residual) - HUBER_DELTA / 2)).sum()
+        slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
+        return scale * float(value), scale * (slope @ derivative)
+
+    result = minimize(
+        objective,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "maxfun": 10000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
+    )
+    return result.x, float(result.fun) / scale
+
+
+def _starts(design: Design) -> Iterator[Array]:
+    exponents = (0.05, 0.2, 0.5, 1.0)
+    if design.law == "power":
+        # Nearly linear: the least squares are a start like any other.
+        yield np.linalg.lstsq(design.terms[0], design.target, rcond=None)[0]
+        return
+    least = float(np.exp(design.target.min()))
+    for floor, part, alpha, beta in itertools.product((0.1, 0.5, 0.9), (0.2, 0.5, 0.8), exponents, exponents):
+        rest = float(np.exp(design.target.mean())) - floor * least
+        values = {
+            "log_E": np.log(floor * least),
+            "log_A": np.log(part * rest),
+            "log_B": np.log((1 - part) * rest),
+            "alpha": alpha,
+            "beta": beta,
+            "gamma": 0.1,
+        }
+        yield np.array([values[name] for name in design.names])
+
+
+def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -> list[dict[str, float]]:
+    """The law's constants in resamples of the runs: points with replacement, and seeds within a point.
+
+    A resample that has too few different points for the law is drawn again.
+
+    Args:
+        fit: Of these points.
+        points: Of one family.
+        resamples: How many.
+        seed: Of the draws.
+    """
+    cells: dict[tuple[float, ...], list[int]] = {}
+    for index, point in enumerate(points):
+        cells.setdefault((point.parameters, point.tokens, point.rank_ratio), []).append(index)
+    groups, chance = list(cells.values()), np.random.default_rng(seed)
+    found: list[dict[str, float]] = []
+    while len(found) < resamples:
+        drawn = chance.integers(0, len(groups), len(groups))
+        if len(set(drawn.tolist())) <= len(fit.unknowns):
+            continue
+        rows = np.concatenate([chance.choice(groups[cell], len(groups[cell])) for cell in drawn])
+        design = fit.design.take(rows)
+        # A resample may have another best basin; the power law has one.
+        others = 0 if fit.law == "power" else 1
+        starts = [fit.unknowns, *(fit.unknowns + chance.normal(0, 0.3, len(fit.unknowns)) for _ in range(others))]
+        unknowns = min((search(design, start) for start in starts), key=lambda result: result[1])[0]
+        found.append(design.constants(unknowns))
+    return found
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """The middle part of bootstrapped values."""
+    low, high = np.quantile(np.asarray(values), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def held_out_error(law: LawName, points: Sequence[Point], part: float = 0.25) -> dict[str, Any] | None:
+    """How well a law that is fitted to the smaller runs tells the losses of the largest.
+
+    Args:
+        law: Which.
+        points: Of one family.
+        part: Of the runs, the largest by parameters x tokens.
+
+    Returns:
+        ``error``, the mean absolute error in nats, and ``runs``; None where too few runs are left for the fit.
+    """
+    ordered = sorted(points, key=lambda point: point.parameters * point.tokens)
+    count = max(1, round(part * len(ordered)))
+    try:
+        fit = fit_law(law, ordered[:-count])
+    except KalmaGroveError:
+        return None
+    errors = np.abs(fit.losses(ordered[-count:]) - [point.loss for point in ordered[-count:]])
+    return {"error": float(errors.mean()), "runs": count}
+
+
+def warnings_of(fit: Fit, points: Sequence[Point]) -> list[str]:
+    """What a reader must know before trusting the fit."""
+    found = []
+    if len(points) < FEWEST_POINTS:
+        found.append(f"only {len(points)} runs: intervals are too narrow, or mean nothing")
+    for name in ("parameters", "tokens"):
+        values = [getattr(point, name) for point in points]
+        if max(values) < 10 * min(values):
+            found.append(f"the runs span {max(values) / min(values):.1f}x in {name}, less than a factor of ten")
+    for name in ("alpha", "beta"):
+        value = fit.constants[name]
+        if not 0 < value < LARGEST_EXPONENT:
+            found.append(f"{name} is {value:.3g}, outside 0 to {LARGEST_EXPONENT:g}: the runs do not determine it")
+    if fit.law == "hoffmann" and fit.constants["E"] < 0.02 * min(point.loss for point in points):
+        found.append("E is almost 0: the runs do not determine it")
+    return found

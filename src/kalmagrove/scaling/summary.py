@@ -1,0 +1,115 @@
+"""Everything that is said about a table of runs: each law for each family, and how the families' exponents differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.scaling.fit import HUBER_DELTA, Fit, bootstrap, fit_law, held_out_error, interval, warnings_of
+from kalmagrove.scaling.laws import FORMULAS, LawName
+from kalmagrove.scaling.points import Point, PointTable
+
+LAWS: tuple[LawName, ...] = get_args(LawName)
+EXPONENTS = ("alpha", "beta", "gamma")
+
+
+def summarise(
+    table: PointTable,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    repeated: bool = False,
+    baseline: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """What ``fit.json`` holds.
+
+    Args:
+        table: Of the runs.
+        resamples: Of the bootstrap.
+        seed: Of the bootstrap.
+        repeated: Whether to fit what repeated tokens are worth.
+        baseline: The family that the others are compared with; None is the first by name.
+        say: Told what is being fitted.
+
+    Raises:
+        UsageError: There is no such family.
+        KalmaGroveError: A family has too few runs.
+    """
+    families = {
+        name: [p for p in table.points if p.family == name] for name in sorted({p.family for p in table.points})
+    }
+    if baseline is not None and baseline not in families:
+        raise UsageError(f"there is no family {baseline!r}; the table has {', '.join(families)}")
+    reference = baseline or next(iter(families))
+    summary: dict[str, Any] = {
+        "runs": len(table.points),
+        "left_out": list(table.left_out),
+        "method": {"huber_delta": HUBER_DELTA, "resamples": resamples, "seed": seed, "interval": 0.95},
+        "families": {},
+        "differences": {},
+    }
+    drawn: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for name, points in families.items():
+        summary["families"][name] = {"points": [asdict(point) for point in points], "laws": {}}
+        for law in LAWS:
+            say(f"fitting {law} to {len(points)} runs of {name}")
+            try:
+                fit = fit_law(law, points, repeated=repeated)
+            except KalmaGroveError as error:
+                raise KalmaGroveError(f"family {name}: {error}") from error
+            drawn[name, law] = bootstrap(fit, points, resamples=resamples, seed=seed)
+            summary["families"][name]["laws"][law] = describe_fit(fit, points, drawn[name, law])
+    for name in families:
+        if name != reference:
+            summary["differences"][f"{name} - {reference}"] = {
+                law: differences(drawn[name, law], drawn[reference, law], summary["families"], name, reference, law)
+                for law in LAWS
+            }
+    return summary
+
+
+def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """One law of one family."""
+    constants = fit.constants
+    predicted = fit.losses(points)
+    return {
+        "formula": FORMULAS[fit.law] + (" r^-gamma" if fit.law == "power" and "gamma" in constants else ""),
+        "constants": constants,
+        "intervals": {name: interval([values[name] for values in drawn]) for name in drawn[0]},
+        "objective": fit.objective,
+        "starts": fit.starts,
+        "agreeing_starts": fit.agreeing,
+        "residuals": [float(point.loss - loss) for point, loss in zip(points, predicted, strict=True)],
+        "held_out": held_out_error(fit.law, points),
+        "warnings": warnings_of(fit, points),
+        "range": {
+            name: [min(values), max(values)]
+            for name in ("parameters", "tokens", "loss")
+            if (values := [getattr(point, name) for point in points])
+        },
+    }
+
+
+def differences(
+    ours: Sequence[Mapping[str, float]],
+    theirs: Sequence[Mapping[str, float]],
+    families: Mapping[str, Any],
+    name: str,
+    reference: str,
+    law: LawName,
+) -> dict[str, Any]:
+    """Exponents of one family less those of another, with intervals; undecided where the interval holds 0."""
+    found: dict[str, Any] = {}
+    for exponent in EXPONENTS:
+        if exponent not in ours[0] or exponent not in theirs[0]:
+            continue
+        low, high = interval([a[exponent] - b[exponent] for a, b in zip(ours, theirs, strict=True)])
+        value = (
+            families[name]["laws"][law]["constants"][exponent] - families[reference]["laws"][law]["constants"][exponent]
+        )
+        verdict = "larger" if low > 0 else "smaller" if high < 0 else "undecided"
+        found[exponent] = {"difference": value, "interval": [low, high], "verdict": verdict}
+    return found
