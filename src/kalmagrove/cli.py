@@ -1,6 +1,7 @@
 """The command ``kalmagrove``: finds the sub-command, lets it run, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 130 and 143 after Ctrl-C and SIGTERM.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130, 138 and 143 after Ctrl-C, SIGUSR1 and SIGTERM, 137 where a process
+of --nproc was killed.
 """
 
 from __future__ import annotations

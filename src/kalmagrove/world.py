@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import distributed
 
 from kalmagrove.errors import UsageError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,13 @@ class World:
         rank: Number of this process, from 0; the first one writes the run folder.
         local_rank: Its number on this machine, which chooses its GPU.
         size: Processes in all.
+        store: Where they leave words for one another.
     """
 
     rank: int = 0
     local_rank: int = 0
     size: int = 1
+    store: distributed.Store | None = field(default=None, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -33,7 +39,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Sums over all processes, in float64 where the device has it."""
+        """Sums over all processes, in float64."""
         return self._reduced(values, device, distributed.ReduceOp.SUM if self.size > 1 else None)
 
     def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
@@ -46,6 +52,18 @@ class World:
         message = torch.tensor(values, dtype=torch.float64, device=device)
         distributed.all_reduce(message, op=operation)
         return [float(value) for value in message.tolist()]
+
+    def one_here_before_the_others(self, action: Callable[[], Result]) -> Result:
+        """Does the same in every process, but first in one process of each machine, however long that takes."""
+        if self.store is None:
+            return action()
+        ready = f"ready on machine {os.environ.get('GROUP_RANK', '0')}"
+        if self.local_rank > 0:
+            self.store.wait([ready], timedelta(days=30))
+            return action()
+        result = action()
+        self.store.set(ready, "yes")
+        return result
 
     def wait(self) -> None:
         """Returns when every process has come here."""
@@ -73,28 +91,33 @@ def world_of_environment(variables: Mapping[str, str] = os.environ) -> World:
     if "WORLD_SIZE" not in variables:
         return ALONE
     try:
-        rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        return World(rank=rank, local_rank=int(variables.get("LOCAL_RANK", rank)), size=size)
+        rank, local_rank, size = (int(variables[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        return World(rank=rank, local_rank=local_rank, size=size)
     except (KeyError, ValueError) as error:
         raise UsageError(
             "WORLD_SIZE is set, but RANK or LOCAL_RANK is missing or no number; start several processes with torchrun "
-            "or --nproc"
+            "or --nproc, or set them (LOCAL_RANK is 0 with one process a machine)"
         ) from error
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
+def joined_world(device_name: str = "auto") -> Iterator[World]:
     """The processes of this run, connected while the context lasts: by NCCL with GPUs, else by gloo.
 
+    Args:
+        device_name: auto, cpu or cuda, on which all of them compute.
+
     Raises:
-        UsageError: As for `world_of_environment`.
+        UsageError: As for `world_of_environment`, or the devices are not enough for the processes.
     """
-    world = world_of_environment()
-    if world.size == 1:
-        yield world
+    alone = world_of_environment()
+    if alone.size == 1:
+        yield alone
         return
+    on_gpu = _computes_on_gpus(device_name, alone)
     store = _meeting_place()
-    if torch.cuda.is_available():
+    world = replace(alone, store=store)
+    if on_gpu:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
         distributed.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size, device_id=device)
@@ -104,6 +127,20 @@ def joined_world() -> Iterator[World]:
         yield world
     finally:
         distributed.destroy_process_group()
+
+
+def _computes_on_gpus(device_name: str, world: World) -> bool:
+    if device_name not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"loop.device {device_name} cannot be that of {world.size} processes; leave it out, or use cpu or cuda"
+        )
+    on_gpu = device_name != "cpu" and torch.cuda.is_available()
+    if on_gpu and world.local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {world.local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+            "start fewer processes, or use loop.device cpu"
+        )
+    return on_gpu
 
 
 def _meeting_place() -> distributed.Store:

@@ -317,6 +317,23 @@ def test_compare_under_torchrun_is_an_error(
     assert not (tmp_path / "run").exists()
 
 
+def test_the_model_of_a_checkpoint_is_exported_where_the_run_was_made(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(trained), "--checkpoint", "last", "--out"]
+    code, out, error = answer(capsys, *words, str(tmp_path / "last"))
+    assert code == 0 and "the model after step" in out, error
+    code, _, error = answer(capsys, "generate", str(tmp_path / "last"), "The river", "--max_new_tokens", "3")
+    assert code == 0, error
+    code, _, error = answer(capsys, *words, str(tmp_path / "other"), "--format", "llama")
+    assert code == 2 and "--checkpoint takes the model as it is" in error
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    code, _, error = answer(capsys, *words, str(tmp_path / "other"))
+    assert code == 2 and "is not here; run this in the folder where it was made" in error
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not (tmp_path / "other").exists()
+
+
 def test_import_and_help_load_neither_torch_nor_transformers() -> None:
     program = (
         "import sys, kalmagrove, kalmagrove.cli; kalmagrove.cli.main(['--help']); "

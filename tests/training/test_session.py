@@ -433,3 +433,35 @@ def test_a_growth_that_cannot_be_is_an_error_before_the_first_step(
     conf = growing("adamw")
     with pytest.raises(UsageError, match=re.escape(message)):
         TrainingRun(replace(conf, loop=replace(conf.loop, grow_rank=growth)), packed)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_does_not_count(packed: PackedText, tmp_path: Path) -> None:
+    conf = config(save_every=2, keep_last=2)
+    session = TrainingSession(conf, packed, tmp_path)
+    finish(session, 6)
+    session.close()
+    (session.folder.checkpoints_path / "step-00000006" / "state.json").write_text("{")
+    resumed = TrainingSession(replace(conf, loop=replace(conf.loop, save_every=5)), packed, tmp_path)
+    assert resumed.resumed_from == 4
+    finish(resumed, 5)
+    resumed.close()
+    names = sorted(path.name for path in resumed.folder.checkpoints_path.iterdir())
+    assert names == ["step-00000004", "step-00000005", "step-00000006.damaged"]
+
+
+def test_best_checkpoints_that_are_gone_do_not_count(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {1: 2.0, 2: 3.0, 3: 2.5, 4: 4.0, 5: 2.2, 6: 3.0, 7: 2.4}
+    monkeypatch.setattr(TrainingRun, "validation_loss", lambda self: losses[self.step])
+    conf = config(eval_every=1, save_every=2, keep_last=1)
+    session = TrainingSession(conf, packed, tmp_path)
+    finish(session, 4)
+    session.close()
+    session = TrainingSession(replace(conf, loop=replace(conf.loop, keep_best=1)), packed, tmp_path)
+    finish(session)
+    session.finish({})
+    session.close()
+    result = session.folder.read_result()
+    assert result is not None and result["best_checkpoints"] == [{"step": 5, "valid_loss": 2.2}]
+    assert kept_steps(session) == [5, 7]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -50,7 +51,9 @@ def run(words: Sequence[str]) -> None:
             raise UsageError("--checkpoint takes the model as it is; export the new folder for --format and --adaptor")
         from kalmagrove.training.checkpoint_model import export_checkpoint
 
-        step = export_checkpoint(Path(options.model), options.checkpoint, options.out, open_data=open_data)
+        step = export_checkpoint(
+            Path(options.model), options.checkpoint, options.out, open_data=partial(open_data, may_prepare=False)
+        )
         print(f"{options.out}: the model after step {step}")
         return
     from kalmagrove.models.exporting import export_folder

@@ -68,6 +68,10 @@ def describe(options: Any) -> dict[str, Any]:
     for name in ("batch_size", "vocab_size", "context_length", "world_size"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name} must be at least 1, got {value}")
+    if options.parallel == "fsdp" and options.batch_size % options.world_size:
+        raise UsageError(
+            f"--batch_size {options.batch_size} is no multiple of --world_size {options.world_size}, as fsdp needs"
+        )
     if options.precision not in ("bf16", "fp32"):
         raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
     if options.folder is not None:

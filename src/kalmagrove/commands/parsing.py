@@ -81,13 +81,17 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_data(config: DataConfig) -> PackedText:
+def open_data(config: DataConfig, *, may_prepare: bool = True) -> PackedText:
     """The packed text of a configuration: reused where it was made before, else made now.
 
     A source that is itself a packed folder, as one that was copied from another machine, is taken as it is.
 
+    Args:
+        config: Which text.
+        may_prepare: Whether it may be made now.
+
     Raises:
-        UsageError: An option asks for what a packed folder has decided already.
+        UsageError: An option asks for what a packed folder has decided already, or there is none and none may be made.
     """
     if config.source is not None and is_packed(Path(config.source).expanduser()):
         packed = open_packed(Path(config.source).expanduser())
@@ -101,6 +105,8 @@ def open_data(config: DataConfig) -> PackedText:
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )
+    if not may_prepare and not folder.exists():
+        raise UsageError(f"the packed text {folder} is not here; run this in the folder where it was made")
     with DataProgress() as progress:
         return prepare(
             config.source,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
-from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import DataConfig, TrainConfig
+from kalmagrove.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from kalmagrove.world import World
@@ -66,12 +66,12 @@ def run(words: Sequence[str]) -> None:
     from kalmagrove.training.trainer import train
 
     keep_freed_memory()
-    with joined_world() as world:
-        data = _open_data_once(config.data, world)
-        if not world.is_first:
-            _train_silently(config, data, Path(options.out), world)
-            return
-        result = train(config, data, Path(options.out), say=say, world=world)
+    with joined_world(config.loop.device) as world, _one_voice(world):
+        data = world.one_here_before_the_others(lambda: open_data(config.data))
+        said = say if world.is_first else _nothing
+        result = train(config, data, Path(options.out), say=said, world=world)
+    if not world.is_first:
+        return
     if options.json:
         print(json.dumps(result, indent=2))
         return
@@ -86,20 +86,25 @@ def _shown(perplexity: float | None) -> str:
     return "too large" if perplexity is None else f"{perplexity:.2f}"
 
 
-def _open_data_once(config: DataConfig, world: World) -> PackedText:
-    """The packed text, made by one process of each machine and opened by the others."""
-    if world.local_rank == 0:
-        data = open_data(config)
-    world.wait()
-    return data if world.local_rank == 0 else open_data(config)
+def _nothing(line: str) -> None:
+    """Says nothing, in the processes beside the first."""
 
 
-def _train_silently(config: TrainConfig, data: PackedText, folder: Path, world: World) -> None:
-    """For the processes beside the first one, which says for all that the run was stopped."""
+@contextmanager
+def _one_voice(world: World) -> Iterator[None]:
+    """The first process says for all what happened to all; what only one of them knows, it says in one line."""
+    from kalmagrove.training.run import TrainingDiverged
     from kalmagrove.training.signals import Interrupted
-    from kalmagrove.training.trainer import train
+    from kalmagrove.training.trainer import ProcessLost
+    from kalmagrove.world import is_lost_connection
 
     try:
-        train(config, data, folder, say=lambda line: None, world=world)
-    except Interrupted as interrupted:
-        sys.exit(interrupted.exit_code)
+        yield
+    except (Interrupted, UsageError, TrainingDiverged) as error:
+        if world.is_first:
+            raise
+        sys.exit(int(getattr(error, "exit_code", 2 if isinstance(error, UsageError) else 1)))
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        raise ProcessLost(f"process {world.rank} lost the connection to another one") from error

@@ -14,8 +14,8 @@ def whole_tensor(tensor: Tensor) -> Tensor:
 
 
 def as_shard(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank holds, placed as the parameter ``like`` is."""
-    if not hasattr(like, "full_tensor"):
+    """This rank's part of a tensor that every rank holds, placed as the parameter ``like`` is; a part as it is."""
+    if not hasattr(like, "full_tensor") or hasattr(whole, "full_tensor"):
         return whole
     from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-from kalmagrove.optim.distributed import whole_tensor
+from kalmagrove.optim.distributed import as_shard, whole_tensor
 
 OF_EVERY_RANK = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
 """States that every rank needs, where the parameters are sharded: its part of the moments."""
@@ -34,29 +34,32 @@ class WorkDivision:
         return self._owners.get(id(parameter), self._rank) == self._rank
 
     def exchange(
-        self, updates: Sequence[Tensor | None], parameters: Sequence[Tensor], dtype: torch.dtype
-    ) -> list[Tensor]:
-        """The updates of all parameters, from those of this rank's own.
+        self, updates: Mapping[int, Tensor], parameters: Sequence[Tensor], type_of: Callable[[Tensor], torch.dtype]
+    ) -> dict[int, Tensor]:
+        """The updates of all parameters, as the parameters are held, from those of this rank's own.
 
         Args:
-            updates: Of each parameter, whole; None where another rank has it.
+            updates: By the place of the parameter, whole; of this rank's own parameters.
             parameters: The same on every rank.
-            dtype: Of the updates.
+            type_of: The type of a parameter's update.
         """
-        found = {i: own for i, own in enumerate(updates) if own is not None}
-        for owner in range(self._size):
-            theirs = [i for i, p in enumerate(parameters) if self._owners.get(id(p)) == owner]
-            if not theirs:
-                continue
+        found = dict(updates)
+        groups: dict[tuple[int, torch.dtype], list[int]] = {}
+        for place, parameter in enumerate(parameters):
+            owner = self._owners.get(id(parameter))
+            if owner is not None:
+                groups.setdefault((owner, type_of(parameter)), []).append(place)
+        for (owner, dtype), theirs in sorted(groups.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+            sizes = [parameters[i].shape.numel() for i in theirs]
             if owner == self._rank:
                 message = torch.cat([found[i].reshape(-1) for i in theirs])
             else:
-                size = sum(parameters[i].shape.numel() for i in theirs)
-                message = torch.empty(size, dtype=dtype, device=parameters[theirs[0]].device)
+                message = torch.empty(sum(sizes), dtype=dtype, device=parameters[theirs[0]].device)
             self._broadcast(message, owner)
-            parts = message.split([parameters[i].shape.numel() for i in theirs])
-            found |= {i: part.view(parameters[i].shape) for i, part in zip(theirs, parts, strict=True)}
-        return [found[i] for i in range(len(parameters))]
+            # A sharded parameter's update is cut before the next owner's comes.
+            for i, part in zip(theirs, message.split(sizes), strict=True):
+                found[i] = as_shard(part.view(parameters[i].shape), parameters[i])
+        return found
 
     def gathered_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """What ``state_dict`` gives in one process; all ranks must call this together, and the first gets it whole.

@@ -137,7 +137,9 @@ class Kalma(torch.optim.Optimizer):
             process_group: Ranks over which the inputs' covariances are summed at each refresh, where
                 ``torch.distributed`` is in use; None is all of them.
             divide_work: Whether each matrix is whitened, and its statistics kept, by one rank alone. Then
-                ``state_dict`` holds this rank's part, and :meth:`gathered_state_dict` the whole.
+                ``state_dict`` holds this rank's part, and :meth:`gathered_state_dict` the whole. Every matrix must have
+                a gradient on all ranks or on none, and nothing can be saved when a rank is gone. Method "exact" is
+                the filter in one process only.
 
         Returns:
             The number of matrices that are watched. The others, if any, have no P; a warning names them.
@@ -172,6 +174,11 @@ class Kalma(torch.optim.Optimizer):
             self._statistics.detach()
             self._statistics = None
         self._division = None
+
+    @property
+    def divides_work(self) -> bool:
+        """Whether other ranks hold a part of the state."""
+        return self._division is not None
 
     @property
     def looks_next(self) -> bool:
@@ -301,11 +308,10 @@ class Kalma(torch.optim.Optimizer):
             )
             for part, update in zip(equal, whitened, strict=True):
                 updates[part.parameter].append(update)
-        done = [layout.restore(u, p) if u else None for u, p in zip(updates, parameters, strict=True)]
-        whole = [u for u in done if u is not None]
-        if division is not None and parameters:
-            whole = division.exchange(done, parameters, _master_type(parameters[0]))
-        self._apply(group, parameters, [as_shard(u, p) for u, p in zip(whole, parameters, strict=True)])
+        done = {i: layout.restore(u, parameters[i]) for i, u in enumerate(updates) if u}
+        if division is not None:
+            done = division.exchange(done, parameters, _master_type)
+        self._apply(group, parameters, [as_shard(done[i], p) for i, p in enumerate(parameters)])
 
     @staticmethod
     def _apply(group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
@@ -352,8 +358,13 @@ class Kalma(torch.optim.Optimizer):
         """
         held = [i for i, p in enumerate(parameters) if own[i] or hasattr(p, "full_tensor")]
         gradients, lookaheads = self._momentum(group, [parameters[i] for i in held])
-        wholes = {i: [whole_tensor(t) for t in pair] for i, *pair in zip(held, lookaheads, gradients, strict=True)}
-        return {i: [layout.whole(t) for t in pair] for i, pair in wholes.items() if own[i]}
+        wholes: dict[int, list[Tensor]] = {}
+        for i, *pair in zip(held, lookaheads, gradients, strict=True):
+            # All ranks gather one after the other, and only the owner keeps what it got.
+            gathered = [layout.whole(whole_tensor(t)) for t in pair]
+            if own[i]:
+                wholes[i] = gathered
+        return wholes
 
     def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients, and their moving averages with look-ahead, (1 - m) G + m M, as the parameters are held."""

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,7 +114,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(folder)
-    _prune(folder, step, keep_last, keep_steps)
+    prune(folder, step, keep_last, keep_steps)
     return final
 
 
@@ -222,7 +222,30 @@ def _move_into_place(temporary: Path, final: Path) -> None:
         raise
 
 
-def _prune(folder: Path, step: int, keep_last: int, keep_steps: Collection[int]) -> None:
+def set_aside(folder: Path, names: Collection[str]) -> None:
+    """Gives damaged checkpoints names under which they are not taken for checkpoints any more.
+
+    Args:
+        folder: Where the checkpoints of one run lie.
+        names: Of the damaged ones.
+    """
+    for name in names:
+        aside = folder / f"{name}.damaged"
+        # What cannot be renamed stays; it is passed over again next time.
+        with suppress(OSError):
+            remove(aside)
+            os.rename(folder / name, aside)
+
+
+def prune(folder: Path, step: int, keep_last: int, keep_steps: Collection[int]) -> None:
+    """Removes the checkpoints up to a step that need not be kept.
+
+    Args:
+        folder: Where the checkpoints of one run lie; it may be missing.
+        step: Later ones are left alone.
+        keep_last: As for `save_checkpoint`.
+        keep_steps: As for `save_checkpoint`.
+    """
     older = sorted((entry for entry in _named_checkpoints(folder) if entry[0] <= step), reverse=True)
     kept_steps = [entry_step for entry_step, has_own_name, _ in older if has_own_name][:keep_last]
     for entry_step, has_own_name, path in older:

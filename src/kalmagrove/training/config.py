@@ -307,7 +307,6 @@ NEUTRAL_OPTIONS = frozenset(
         "loop.device",
         "data.folder",
         "track",
-        "energy",
     }
 )
 """Options that change how a run is done but not what is computed, up to rounding, so that it may go on with others."""

@@ -40,6 +40,8 @@ def run_in_processes(words: Sequence[str], processes: int) -> None:
 
     # Each process gets its share of the cores, unless the user has said how many.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # A large checkpoint may take longer than the half minute that processes have otherwise to end after a signal.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     for name in logging.root.manager.loggerDict:
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -60,9 +62,9 @@ def run_in_processes(words: Sequence[str], processes: int) -> None:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = int(failure.exitcode)
+        again = "" if code == 2 else ". The same command goes on from the last checkpoint, if there is one"
         how = f"was ended by {failure.signal_name()}" if code < 0 else f"ended with exit code {code}"
         raise ProcessesFailed(
             128 - code if code < 0 else code,
-            f"process {rank} of {processes} {how}; the others were ended too. The same command goes on from the last "
-            "checkpoint",
+            f"process {rank} of {processes} {how}; the others were ended too{again}",
         ) from None

@@ -13,7 +13,14 @@ from kalmagrove.data.tokenizer import save_tokenizer
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import remove, replace_folder, temporary_name, write_json_atomic
 from kalmagrove.models.convert import save_model
-from kalmagrove.training.checkpoint import checkpoint_path, latest_checkpoint, naming_checkpoint
+from kalmagrove.training.checkpoint import (
+    checkpoint_path,
+    latest_checkpoint,
+    named_steps,
+    naming_checkpoint,
+    prune,
+    set_aside,
+)
 from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
 from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
@@ -62,6 +69,7 @@ class TrainingSession:
         world.wait()
         self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
         self.evaluations: dict[int, float] = {}
+        self.saved_steps: set[int] = set()
         self.writer = CheckpointWriter(self.folder.checkpoints_path, asynchronous=config.loop.save_in_background)
         self.metrics: TrackedMetrics | None = None
         self.energy: EnergyMeter | None = None
@@ -90,7 +98,11 @@ class TrainingSession:
                 "folder to train from the start"
             )
         self._agree_on_the_start()
+        self.saved_steps = set(named_steps(self.folder.checkpoints_path))
+        self.world.wait()
         if self.world.is_first:
+            # So that they do not count among those that are kept.
+            set_aside(self.folder.checkpoints_path, [line.partition(":")[0] for line in damaged])
             self.folder.truncate_metrics(self.run.step)
             self.metrics = TrackedMetrics(MetricsWriter(self.folder.metrics_path), self.run.config.track, self.folder)
             if self.run.config.energy:
@@ -185,7 +197,8 @@ class TrainingSession:
 
     def _best_steps(self) -> list[int]:
         """Steps whose checkpoints are kept for their loss."""
-        finite = [step for step, loss in self.evaluations.items() if math.isfinite(loss)]
+        possible = {*self.saved_steps, self.run.step}
+        finite = [step for step, loss in self.evaluations.items() if math.isfinite(loss) and step in possible]
         return sorted(finite, key=self.evaluations.__getitem__)[: self.run.config.loop.keep_best]
 
     def _record(self, result: StepResult) -> dict[str, Any]:
@@ -224,6 +237,7 @@ class TrainingSession:
             self.metrics.sync()
         if self.world.is_first:
             self.writer.save(state, step=step, keep_last=self.run.config.loop.keep_last, keep_steps=self._best_steps())
+        self.saved_steps.add(step)
         self.saved_step, self.saved_at = step, time.monotonic()
         return checkpoint_path(self.folder.checkpoints_path, step)
 
@@ -256,6 +270,9 @@ class TrainingSession:
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the model and then the result; a folder with a result is complete."""
         self.wait_for_saving()
+        if self.world.is_first:
+            keep_last = self.run.config.loop.keep_last
+            prune(self.folder.checkpoints_path, self.run.step, keep_last, self._best_steps())
         best = [{"step": step, "valid_loss": self.evaluations[step]} for step in self._best_steps()]
         whole_result = result | {"seconds": self.seconds, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         self.export()

@@ -15,6 +15,7 @@ from kalmagrove.errors import KalmaGroveError
 from kalmagrove.evaluation.perplexity import Scores, score_tokens
 from kalmagrove.models.accounting import count_parameters, training_flops_per_token
 from kalmagrove.optim.groups import describe_groups, kalma_groups
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.training.config import TrainConfig
 from kalmagrove.training.environment import peak_memory_bytes
 from kalmagrove.training.run import TrainingRun
@@ -63,7 +64,7 @@ def train(
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        raise ProcessLost(f"process {world.rank} lost the connection to another one; all steps are saved") from error
+        raise ProcessLost(_lost(session)) from error
     finally:
         session.close()
 
@@ -118,6 +119,8 @@ def _run_to_the_end(session: TrainingSession) -> None:
             if number and not run.done:
                 path = session.save()
                 session.wait_for_saving()
+                # A launcher ends all processes when one has ended: the first must have written by then.
+                world.wait()
                 raise Interrupted(
                     number, f"stopped at step {run.step}; saved {path}; the same command goes on from there"
                 )
@@ -131,12 +134,17 @@ def _progress_of(session: TrainingSession) -> ProgressBar:
 def _save_alone(session: TrainingSession) -> str:
     """Saves what this process can without the others; says what happened."""
     run = session.run
-    lost = f"process {session.world.rank} lost the connection to another one after step {run.step}"
-    if run.loss.sharded or not run.is_whole or not session.world.is_first:
-        return f"{lost}; the same command goes on from the last checkpoint"
+    divided = any(isinstance(optimizer, Kalma) and optimizer.divides_work for optimizer in run.optimizers)
+    if run.loss.sharded or divided or not run.is_whole or not session.world.is_first:
+        return _lost(session)
     path = session.save()
     session.wait_for_saving()
-    return f"{lost}; saved {path}; the same command goes on from there"
+    return f"{_lost(session).partition(';')[0]}; saved {path}; the same command goes on from there"
+
+
+def _lost(session: TrainingSession) -> str:
+    where = f"process {session.world.rank} lost the connection to another one after step {session.run.step}"
+    return f"{where}; the same command goes on from the last checkpoint"
 
 
 def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:
