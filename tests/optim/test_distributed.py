@@ -58,13 +58,19 @@ def start(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
 
 
+def end(model: nn.parallel.DistributedDataParallel) -> None:
+    # The reducer, as the last to hold the connection, would wait for its threads with Python's lock, which they need.
+    del model.reducer, model.logger
+    distributed.destroy_process_group()
+
+
 def data_parallel(rank: int, folder: str) -> None:
     start(rank, folder)
     model = nn.parallel.DistributedDataParallel(small_model())
     optimizer = kalma(model.module)
     train(model, optimizer, rank, RANKS)
     torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    end(model)
 
 
 def fully_sharded(rank: int, folder: str) -> None:
@@ -100,7 +106,7 @@ def divided(rank: int, folder: str) -> None:
     own = [sorted(state) for state in optimizer.state_dict()["state"].values()]
     torch.save({"model": model.module.state_dict(), "gathered": optimizer.gathered_state_dict()["state"], "own": own},
                f"{folder}/{rank}.pt")  # fmt: skip
-    distributed.destroy_process_group()
+    end(model)
 
 
 def uneven_statistics(rank: int, folder: str) -> None:

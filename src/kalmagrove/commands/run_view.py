@@ -42,7 +42,8 @@ def line(state: RunState) -> str:
 
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds, with days where there are any."""
-    return str(timedelta(seconds=int(seconds)))
+    days, rest = divmod(int(seconds), 86400)
+    return f"{days:,} day{'' if days == 1 else 's'}, " * (days > 0) + str(timedelta(seconds=rest))
 
 
 def age(seconds: float) -> str:
@@ -94,7 +95,7 @@ def _means(points: Sequence[tuple[int, float]], last_step: int, columns: int) ->
     """The mean of each column up to the newest point's; one without points has that of the column before."""
     bins: list[list[float]] = [[] for _ in range(columns)]
     for step, value in points:
-        bins[min(columns - 1, (step - 1) * columns // max(1, last_step))].append(value)
+        bins[min(columns - 1, max(0, step - 1) * columns // max(1, last_step))].append(value)
     newest = max(place for place, values in enumerate(bins) if values)
     means, mean = [], points[0][1]
     for values in bins[: newest + 1]:
@@ -111,9 +112,17 @@ def view(states: Sequence[RunState], console: Console, *, title: str, is_compari
 def _table(states: Sequence[RunState], console: Console, title: str) -> RenderableType:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     blocks = _has_blocks(console)
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    # Text, since brackets in the name of a folder are no markup.
+    table = Table(
+        title=Text(title, style="table.title"),
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     table.add_column("run", overflow="fold", min_width=_RUN_COLUMNS)
     table.add_column("status", no_wrap=True)
     for heading in ("done", "loss", "valid", "tokens/s", "left"):
@@ -123,7 +132,7 @@ def _table(states: Sequence[RunState], console: Console, title: str) -> Renderab
         table.add_column("loss curve", no_wrap=True)
     for state in states:
         curve = [_small_curve(state, blocks)] if has_curves else []
-        table.add_row(state.name, _status(state), *_row(state), *curve)
+        table.add_row(Text(state.name), _status(state), *_row(state), *curve)
     return table
 
 

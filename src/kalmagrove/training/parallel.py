@@ -106,6 +106,15 @@ class ParallelLoss:
         result: Tensor = (self._wrapped or self._loss)(input_ids, targets, is_watched)
         return result
 
+    def close(self) -> None:
+        """Lets go of the processes' connection.
+
+        What holds it last waits for its threads. DDP's reducer does so with Python's lock, which those threads need.
+        """
+        if self._wrapped is not None:
+            del self._wrapped.reducer, self._wrapped.logger
+            self._wrapped = None
+
     def without_averaging(self, last: bool) -> AbstractContextManager[Any]:
         """For the parts of a batch: gradients travel once, with the last part."""
         if self.sharded:

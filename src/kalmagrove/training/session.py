@@ -79,6 +79,7 @@ class TrainingSession:
                 self._resume(warn)
             self.resumed_from = self.run.step
         except BaseException:
+            self.run.loss.close()
             self._end_watching()
             self.folder.release()
             raise
@@ -291,6 +292,7 @@ class TrainingSession:
         try:
             self.wait_for_saving()
         finally:
+            self.run.loss.close()
             self._end_watching()
             self.folder.release()
 

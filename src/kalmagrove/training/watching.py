@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -12,17 +11,20 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.checkpoint import checkpoint_path, named_steps
 from kalmagrove.training.run_folder import LOCK_NAME, RunFolder
 
 Status = Literal["running", "stopped", "finished", "diverged"]
 ENDED: frozenset[Status] = frozenset({"finished", "diverged"})
 _WINDOW = 50
-_CHECKPOINT = re.compile(r"step-(\d+)")
+_LOSSES = ("loss", "valid_loss")
+_AMOUNTS = ("tokens", "seconds", "lr", "grad_norm", "tokens_per_second", "step_seconds", "peak_memory_bytes")
+_TOO_LARGE = 1 << 53
 
 
 @dataclass(frozen=True)
 class RunState:
-    """A run at one moment; what is not known yet is None.
+    """A run at one moment; what is not known yet, or is no number that it could be, is None.
 
     Attributes:
         name: The folder, or its part below a comparison's folder.
@@ -72,7 +74,7 @@ class RunState:
 class MetricsTail:
     """The records of a growing file, reading only what is new.
 
-    A last line that is not whole is left for the next time; a file that was cut or replaced, as resuming does, is read
+    Lines that are no records are passed over, and a number of a record that cannot be one is None. A last line that is not whole is left for the next time; a file that was cut or replaced, as resuming does, is read
     from its beginning.
     """
 
@@ -86,7 +88,12 @@ class MetricsTail:
         self.records = []
 
     def update(self) -> None:
-        """Takes in what was written since the last call."""
+        """Takes in what was written since the last call.
+
+        Raises:
+            KalmaGroveError: The file is a pipe, a folder or a device.
+        """
+        _require_regular(self._path)
         try:
             with self._path.open("rb") as file:
                 file.seek(self._offset - len(self._last_line))
@@ -126,11 +133,16 @@ class RunWatch:
         self._tail = MetricsTail(self.folder.metrics_path)
 
     def read(self) -> RunState:
-        """The run as its files are now."""
+        """The run as its files are now.
+
+        Raises:
+            KalmaGroveError: The result is not JSON, or a file is a pipe, a folder or a device.
+        """
         self._tail.update()
+        _require_regular(self.folder.result_path)
         result = self.folder.read_result()
-        trained = [r for r in self._tail.records if _is_number(r.get("loss"))]
-        evaluated = [r for r in self._tail.records if _is_number(r.get("valid_loss"))]
+        trained = [r for r in self._tail.records if "loss" in r]
+        evaluated = [r for r in self._tail.records if r.get("valid_loss") is not None]
         last: Mapping[str, Any] = trained[-1] if trained else {}
         step = last.get("step", 0)
         speed, step_seconds = _speed(trained[-_WINDOW:])
@@ -146,13 +158,13 @@ class RunWatch:
             grad_norm=last.get("grad_norm"),
             tokens_per_second=speed,
             seconds=last.get("seconds"),
-            seconds_left=None if step_seconds is None else step_seconds * max(0, self._total_steps - step),
+            seconds_left=None if step_seconds is None else _amount(step_seconds * max(0, self._total_steps - step)),
             peak_memory_bytes=last.get("peak_memory_bytes"),
             checkpoint_step=checkpoint_step,
             checkpoint_age=self._age(checkpoint_time),
             record_age=self._age(_modified(self.folder.metrics_path)) if trained else None,
-            test_perplexity=((result or {}).get("test") or {}).get("perplexity"),
-            losses=tuple((r["step"], r["loss"]) for r in trained),
+            test_perplexity=_test_perplexity(result or {}),
+            losses=tuple((r["step"], r["loss"]) for r in trained if r["loss"] is not None),
             valid_losses=tuple((r["step"], r["valid_loss"]) for r in evaluated),
         )
 
@@ -168,14 +180,12 @@ class RunWatch:
     def _newest_checkpoint(self) -> tuple[int | None, float | None]:
         """Step and time of the newest checkpoint."""
         try:
-            entries = list(self.folder.checkpoints_path.iterdir())
+            steps = [step for step in named_steps(self.folder.checkpoints_path) if step < _TOO_LARGE]
         except OSError:
             return None, None
-        named = [(int(match[1]), entry) for entry in entries if (match := _CHECKPOINT.fullmatch(entry.name))]
-        if not named:
-            return None, None
-        step, path = max(named)
-        return step, _modified(path)
+        return (
+            (steps[-1], _modified(checkpoint_path(self.folder.checkpoints_path, steps[-1]))) if steps else (None, None)
+        )
 
     def _age(self, moment: float | None) -> float | None:
         return None if moment is None else max(0.0, self._clock() - moment)
@@ -201,11 +211,15 @@ class FolderWatch:
         self._runs: dict[Path, RunWatch] = {}
 
     def read(self) -> list[RunState]:
-        """The runs in the order in which they began."""
+        """The runs in the order in which they began.
+
+        Raises:
+            KalmaGroveError: The files of one cannot be read.
+        """
         places = self.folder.glob("*/*/*/config.yaml") if self.is_comparison else [self.folder / "config.yaml"]
         for path in sorted({config.parent for config in places} - set(self._runs), key=_created):
             name = path.relative_to(self.folder).as_posix() if self.is_comparison else str(path)
-            self._runs[path] = RunWatch(path, name, within_comparison=self.is_comparison, clock=self._clock)
+            self._runs[path] = RunWatch(path, _printable(name), within_comparison=self.is_comparison, clock=self._clock)
         return [run.read() for run in self._runs.values()]
 
     def has_ended(self, states: list[RunState]) -> bool:
@@ -219,9 +233,10 @@ class FolderWatch:
 def is_in_use(folder: Path) -> bool:
     """Whether a process holds a run folder; False where the system has no locks."""
     try:
+        _require_regular(folder / LOCK_NAME)
         with (folder / LOCK_NAME).open("rb") as file:
             return _is_locked(file)
-    except OSError:
+    except (KalmaGroveError, OSError):
         return False
 
 
@@ -252,45 +267,74 @@ def read_config(folder: Path) -> dict[str, Any]:
     import yaml
 
     path = folder / "config.yaml"
+    _require_regular(path)
+    # The library lets errors of its own through where a value does not have the form of its type.
+    of_values = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, *of_values) as error:
         raise KalmaGroveError(f"{path} is not valid YAML") from error
     if not isinstance(config, dict):
         raise KalmaGroveError(f"{path} does not hold a configuration")
     return config
 
 
+def _require_regular(path: Path) -> None:
+    """Refuses what is there and is no file: to read a pipe is to wait for its writer."""
+    if path.exists() and not path.is_file():
+        raise KalmaGroveError(f"{path} is not a regular file; remove it, or choose another run folder")
+
+
 def _total_steps(config: Mapping[str, Any], path: Path) -> int:
     try:
         loop = config["loop"]
-        return int(loop["tokens"]) // (int(loop["batch_size"]) * int(loop["context_length"]))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        steps = int(loop["tokens"]) // (int(loop["batch_size"]) * int(loop["context_length"]))
+        if not 0 <= steps < _TOO_LARGE:
+            raise ValueError("no number of steps that a run could have")
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise KalmaGroveError(f"{path} does not say how long the run is (loop.tokens)") from error
+    return steps
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int) or _amount(record["step"]) is None:
+        return None
+    sound = {name: _number(record[name]) for name in _LOSSES if name in record}
+    return record | sound | {name: _amount(record[name]) for name in _AMOUNTS if name in record}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: Any) -> Any:
+    """The value where it is a number of a size that can be calculated with, None where not."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and abs(value) < _TOO_LARGE else None
+
+
+def _amount(value: Any) -> Any:
+    """The value where it is a number that is not negative, None where not."""
+    number = _number(value)
+    return number if number is not None and number >= 0 else None
+
+
+def _test_perplexity(result: Mapping[str, Any]) -> float | None:
+    test = result.get("test")
+    perplexity: float | None = _amount(test.get("perplexity")) if isinstance(test, dict) else None
+    return perplexity
 
 
 def _speed(records: list[dict[str, Any]]) -> tuple[float | None, float | None]:
     """Tokens a second, and seconds a step, between the first of the records and the last."""
     if not records:
         return None, None
-    first, last = records[0], records[-1]
-    steps = last["step"] - first["step"]
-    tokens, seconds = (last.get(key, 0) - first.get(key, 0) for key in ("tokens", "seconds"))
-    if steps <= 0 or seconds <= 0:
-        return last.get("tokens_per_second"), last.get("step_seconds")
-    return tokens / seconds, seconds / steps
+    timed = [r for r in records if r.get("tokens") is not None and r.get("seconds") is not None]
+    if timed:
+        steps, tokens, seconds = (timed[-1][key] - timed[0][key] for key in ("step", "tokens", "seconds"))
+        if steps > 0 and seconds > 0:
+            return _amount(tokens / seconds), _amount(seconds / steps)
+    return records[-1].get("tokens_per_second"), records[-1].get("step_seconds")
 
 
 def _modified(path: Path) -> float | None:
@@ -304,9 +348,15 @@ def _created(folder: Path) -> tuple[float, str]:
     return _modified(folder / "config.yaml") or 0.0, folder.as_posix()
 
 
+def _printable(name: str) -> str:
+    """A name in which what a terminal would not show as a character is written out."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)
+
+
 def _plan(path: Path) -> dict[str, Any]:
+    _require_regular(path)
     try:
         plan = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plan if isinstance(plan, dict) else {}
