@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import struct
@@ -15,7 +16,9 @@ import yaml
 from hostile import CHUNKS, dumped, ends_well, hostile_bytes, hostile_json, hostile_value, inputs, little_memory
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
+from kalmagrove.commands import run_view
 from kalmagrove.commands.parsing import build, open_data, parse
 from kalmagrove.commands.train import SHORT, make_train_parser
 from kalmagrove.data.batches import batch_at
@@ -33,6 +36,7 @@ from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, Trai
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.tracking import MetricsWriter
+from kalmagrove.training.watching import FolderWatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures(little_memory.__name__)]
 
@@ -455,6 +459,40 @@ def test_metrics(data: st.DataObject, tmp_path_factory: Any, tally: Callable[[],
         assert run.read_metrics()[-1] == {"step": 2}
 
     ends_well(read)
+
+
+WATCHED: dict[str, Any] = {
+    "config.yaml": {"loop": {"tokens": 640, "batch_size": 2, "context_length": 16}},
+    "result.json": {"test": {"perplexity": 3.5}, "diverged": False},
+    "metrics.jsonl": RECORDS[0] | {"tokens_per_second": 320.0, "step_seconds": 0.1, "peak_memory_bytes": 10**9},
+}
+
+
+@inputs(0.04)
+@given(data=st.data())
+def test_a_run_that_is_watched(data: st.DataObject, tmp_path_factory: Any, tally: Callable[[], None]) -> None:
+    """What can be read is shown as a line, as JSON that every reader takes, and as a panel."""
+    tally()
+    folder = tmp_path_factory.getbasetemp() / "watched"
+    folder.mkdir(exist_ok=True)
+    hostile = data.draw(st.sampled_from((*WATCHED, "metrics.jsonl")))
+    for name, value in WATCHED.items():
+        written(folder / name, data.draw(hostile_json(value)) if name == hostile else dumped(value))
+    if data.draw(st.booleans()):
+        (folder / "result.json").unlink()
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"\n" + b"".join(dumped(record) + b"\n" for record in RECORDS[1:]))
+        file.write(data.draw(hostile_json(WATCHED["metrics.jsonl"] | {"step": 3})) + b"\n")
+
+    def watch() -> None:
+        (state,) = FolderWatch(folder).read()
+        assert len(run_view.line(state).splitlines()) == 1
+        json.dumps(state.to_dict(), allow_nan=False)
+        console = Console(file=io.StringIO(), width=100)
+        for is_comparison in (False, True):
+            console.print(run_view.view([state], console, title=str(folder), is_comparison=is_comparison))
+
+    ends_well(watch)
 
 
 @inputs(0.08)

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from kalmagrove.cli import main
-from kalmagrove.commands.run_view import age, draw, line, view
+from kalmagrove.commands.run_view import age, draw, duration, line, view
 from kalmagrove.commands.watch import follow_in_lines, follow_live
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.tracking import MetricsWriter
@@ -83,6 +83,28 @@ def test_a_folder_that_is_no_run_is_one_line(folder: str, message: str, capsys: 
     assert main(["watch", folder]) == 1
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and message in captured.err
+
+
+def test_values_that_are_no_numbers_are_shown_as_unknown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps(record(step)) for step in (1, 2)]
+    wrong: list[Any] = [None, "x", [], 10**400, float("inf"), float("nan")]
+    names = ["loss", "lr", "grad_norm", "seconds", "peak_memory_bytes", "tokens"]
+    for places in (names, names[1:] + names[:1], names[3:] + names[:3]):
+        lines.append(json.dumps(record(3) | dict(zip(places, wrong, strict=True))))
+    folder = tmp_path / "run"
+    open_run_folder(folder, CONFIG).release()
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, "[" * 100_000, ""]))
+    assert main(["watch", "run", "--once"]) == 0
+    assert capsys.readouterr().out == "run, stopped: step 3/100 (3 %), 32 tokens/s, left 0:04:51\n"
+    assert main(["watch", "run", "--once", "--json"]) == 0
+    state = json.loads(capsys.readouterr().out)
+    unknown = ("loss", "lr", "grad_norm", "seconds", "peak_memory_bytes", "test_perplexity")
+    assert state["step"] == 3 and {name: state[name] for name in unknown} == dict.fromkeys(unknown)
+    stream = io.StringIO()
+    follow_live(FolderWatch(Path("run")), Console(file=stream, width=80, force_terminal=True), once=True)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    for part in ("step 3 of 100", "loss -", "gradient norm -", "learning rate -", "peak memory -", "elapsed -"):
+        assert part in plain, part
 
 
 def test_lines_come_once_a_minute_and_with_every_change_of_status(tmp_path: Path) -> None:
@@ -167,6 +189,8 @@ def test_a_run_that_has_just_begun_and_a_comparison_have_their_views() -> None:
     assert re.search(r"llama/lr-x1/seed-0 +running +0 % +- +- +- +-", text)
     assert re.search(r"kalmagrove/lr-x1/seed-0 +finished +100 % +1\.5000 ", text)
     assert max(map(len, text.splitlines())) <= 100
+    # Brackets in a name are no markup.
+    assert "[/bold]x" in shown([RunState("[/bold]x", "running", 0, 100)], is_comparison=True)
     # A comparison that has only just begun has no run to show.
     assert "run" in shown([], is_comparison=True)
 
@@ -186,6 +210,10 @@ def test_a_curve_falls_from_its_highest_to_its_lowest_and_ends_at_the_newest_ste
 
 def test_ages_and_lines() -> None:
     assert [age(seconds) for seconds in (5, 200, 7300, 200000)] == ["5 s ago", "3 min ago", "2 h ago", "2 d ago"]
+    times = [0, 59.9, 3661, 86400, 2 * 86400 + 1, 9e15]
+    assert [duration(seconds) for seconds in times] == [
+        "0:00:00", "0:00:59", "1:01:01", "1 day, 0:00:00", "2 days, 0:00:01", "104,166,666,666 days, 16:00:00",
+    ]  # fmt: skip
     assert line(RunState("mine", "stopped", 0, 100)) == "mine, stopped: step 0/100 (0 %)"
 
 

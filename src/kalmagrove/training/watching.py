@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -74,8 +75,8 @@ class RunState:
 class MetricsTail:
     """The records of a growing file, reading only what is new.
 
-    Lines that are no records are passed over, and a number of a record that cannot be one is None. A last line that is not whole is left for the next time; a file that was cut or replaced, as resuming does, is read
-    from its beginning.
+    Lines that are no records are passed over, and a number of a record that cannot be one is None. A last line that is
+    not whole is left for the next time; a file that was cut or replaced, as resuming does, is read from its beginning.
     """
 
     def __init__(self, path: Path) -> None:
@@ -281,7 +282,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def _require_regular(path: Path) -> None:
     """Refuses what is there and is no file: to read a pipe is to wait for its writer."""
-    if path.exists() and not path.is_file():
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not stat.S_ISREG(mode):
         raise KalmaGroveError(f"{path} is not a regular file; remove it, or choose another run folder")
 
 
