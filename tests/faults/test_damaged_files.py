@@ -146,7 +146,7 @@ def test_files_of_another_step_are_not_taken_for_its_own(name: str, folder: Path
 
 
 @pytest.mark.parametrize("kind", ["a file", "a link", "an empty folder", "a link to itself"])
-def test_something_else_of_a_checkpoints_name_is_passed_over_and_pruned(
+def test_something_else_of_a_checkpoints_name_is_passed_over_and_set_aside(
     kind: str, packed: PackedText, folder: Path, count: Count
 ) -> None:
     (folder / "result.json").unlink()
@@ -161,7 +161,8 @@ def test_something_else_of_a_checkpoints_name_is_passed_over_and_pruned(
     told: list[str] = []
     train(config(keep_last=1), packed, folder, say=told.append)
     assert any(line.startswith("passed over step-00000006: ") for line in told)
-    assert sorted(entry.name for entry in (folder / "checkpoints").iterdir()) == ["step-00000006"]
+    names = sorted(entry.name for entry in (folder / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000006.damaged"]
     assert load_checkpoint(path).step == 6
     assert moved.is_dir() and (moved / "manifest.json").is_file()
     count("faults", 1)
