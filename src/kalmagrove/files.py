@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,51 @@ def replace_folder(prepared: Path, path: Path) -> None:
     """
     fsync_tree(prepared)
     replaced = path.with_name(f"{temporary_name(path).name}-replaced")
-    if os.path.lexists(path):
-        remove(replaced)
-        os.rename(path, replaced)
+    remove(replaced)
+    rename_over(prepared, path, aside=replaced)
+    fsync_folder(path.parent)
+    remove(replaced)
+
+
+def rename_over(prepared: Path, path: Path, *, aside: Path) -> None:
+    """Give a prepared folder its name; a folder cannot be renamed over a full one, so what has the name goes aside.
+
+    Args:
+        prepared: The folder.
+        path: The name; a folder, a file or nothing may have it.
+        aside: Where that goes; nothing may be there.
+
+    Raises:
+        OSError: The folder could not be renamed; what had the name has it again.
+    """
+    is_taken = os.path.lexists(path)
+    if is_taken:
+        os.rename(path, aside)
     try:
         os.rename(prepared, path)
     except BaseException:
-        with suppress(FileNotFoundError):
-            os.rename(replaced, path)
+        if is_taken:
+            os.rename(aside, path)
         raise
-    fsync_folder(path.parent)
-    remove(replaced)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which takes its name when the context ends without an error, and else goes.
+
+    Args:
+        path: The name; a folder, a file or nothing may have it.
+
+    Raises:
+        OSError: The folder could not be renamed or did not reach the disk.
+    """
+    temporary = temporary_name(path)
+    remove(temporary)
+    try:
+        yield temporary
+        replace_folder(temporary, path)
+    finally:
+        remove(temporary)
 
 
 def remove(path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
-from kalmagrove.errors import UsageError
+from kalmagrove.commands.parsing import after_second_word, build, make_parser, open_data, parse, say
 from kalmagrove.training.config import DataConfig
 
 SHORT = {"--data": "--source"}
@@ -29,11 +28,8 @@ def make_data_parser() -> ArgumentParser:
 
 def run(words: Sequence[str]) -> None:
     """Tokenises and packs a text."""
-    if not words or words[0] not in ("prepare", "-h", "--help"):
-        given = f"got {words[0]!r}" if words else "got nothing"
-        raise UsageError(f"kalmagrove data needs the word prepare, {given}; see kalmagrove data prepare --help")
     parser = make_data_parser()
-    options = build(parser, parse(parser, words[1:] if words[0] == "prepare" else words, SHORT))
+    options = build(parser, parse(parser, after_second_word("data", "prepare", words), SHORT))
     config = DataConfig(**{name: getattr(options, name) for name in DataConfig.__dataclass_fields__})
     data = open_data(config)
     if options.json:

@@ -76,6 +76,20 @@ def build(parser: ArgumentParser, namespace: Namespace) -> Any:
         raise UsageError((str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
+def after_second_word(command: str, second: str, words: Sequence[str]) -> Sequence[str]:
+    """The flags of a command of two words, such as data prepare.
+
+    Raises:
+        UsageError: Another word stands there, or none.
+    """
+    if words and words[0] == second:
+        return words[1:]
+    if words and words[0] in ("-h", "--help"):
+        return words
+    given = f"got {words[0]!r}" if words else "got nothing"
+    raise UsageError(f"kalmagrove {command} needs the word {second}, {given}; see kalmagrove {command} {second} --help")
+
+
 def say(line: str) -> None:
     """A line for a person, beside the command's output."""
     print(line, file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse, say
+from kalmagrove.commands.parsing import after_second_word, make_parser, parse, say
 from kalmagrove.errors import UsageError
 
 EXAMPLES = """\
@@ -40,10 +40,7 @@ def make_scale_fit_parser() -> ArgumentParser:
 
 def run(words: Sequence[str]) -> None:
     """Fits and prints."""
-    if not words or words[0] not in ("fit", "-h", "--help"):
-        given = f"got {words[0]!r}" if words else "got nothing"
-        raise UsageError(f"kalmagrove scale needs the word fit, {given}; see kalmagrove scale fit --help")
-    options = parse(make_scale_fit_parser(), words[1:] if words[0] == "fit" else words)
+    options = parse(make_scale_fit_parser(), after_second_word("scale", "fit", words))
     if options.resamples < 1:
         raise UsageError(f"--resamples must be at least 1, got {options.resamples}")
     if options.seed < 0:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import replace_folder, temporary_name
+from kalmagrove.files import whole_folder
 from kalmagrove.models.convert import as_decoder, load_model, model_folder, obstacles, save_model, stock_family
 from kalmagrove.models.merging import merge
 
@@ -23,6 +23,16 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+
+
+def require_free_folder(folder: Path) -> None:
+    """That nothing would be overwritten.
+
+    Raises:
+        UsageError: The folder is not empty, or a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not empty; choose another --out")
 
 
 def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str | None = None) -> str:
@@ -44,8 +54,7 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
     if form not in FORMS:
         raise UsageError(f"--format must be one of {', '.join(FORMS)}, got {form!r}")
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty; choose another --out")
+    require_free_folder(folder)
     model = as_decoder(load_model(source))
     if adaptor is not None:
         try:
@@ -57,20 +66,16 @@ def export_folder(source: str, folder: Path, *, form: str = "auto", adaptor: str
     if form in ("llama", "gpt2") and family != form:
         found = ", ".join(obstacles(merged.config, form)) or "tied embeddings or the width of its heads"  # type: ignore[arg-type]
         raise UsageError(f"this model cannot be written as {form}: it differs in {found}; use --format dense")
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        if form == "dense":
-            merged.save_pretrained(temporary)
-        else:
-            save_model(merged, temporary)
-        for name in TOKENIZER_FILES:
-            path = Path(model_folder(source)) / name
-            if path.is_file():
-                shutil.copyfile(path, temporary / name)
-        replace_folder(temporary, folder)
+        with whole_folder(folder) as temporary:
+            if form == "dense":
+                merged.save_pretrained(temporary)
+            else:
+                save_model(merged, temporary)
+            for name in TOKENIZER_FILES:
+                path = Path(model_folder(source)) / name
+                if path.is_file():
+                    shutil.copyfile(path, temporary / name)
     except (OSError, SafetensorError) as error:
         raise KalmaGroveError(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return "a dense kalmagrove model" if form == "dense" or family is None else f"a stock {family} model"

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+SHARDED_STATES = frozenset({"momentum", "momentum_buffer", "exp_avg", "exp_avg_sq"})
+"""What optimisers keep in the shards of its parameter; everything else is whole where it is kept."""
+
 
 def whole_tensor(tensor: Tensor) -> Tensor:
     """All of a sharded tensor on every rank; another tensor as it is."""

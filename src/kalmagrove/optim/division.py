@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from kalmagrove.optim.distributed import as_shard, whole_tensor
+from kalmagrove.optim.distributed import SHARDED_STATES, as_shard, whole_tensor
 
-OF_EVERY_RANK = frozenset({"step", "momentum", "exp_avg", "exp_avg_sq"})
+OF_EVERY_RANK = SHARDED_STATES | {"step"}
 """States that every rank needs, where the parameters are sharded: its part of the moments."""
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, distributed, nn
@@ -32,12 +32,11 @@ from torch.optim.adamw import adamw
 from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape, damped_inverse, times_blocks
 from kalmagrove.optim.distributed import as_shard, average_across_ranks, whole_tensor
 from kalmagrove.optim.division import WorkDivision
+from kalmagrove.optim.group_options import block_size_of, check_group, layout_of, split_by_method
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
 from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major, write_back
-
-METHODS = ("kalma", "table", "adamw", "exact")
 
 Seen = dict[int, tuple[Tensor, int]]
 
@@ -118,13 +117,13 @@ class Kalma(torch.optim.Optimizer):
         self._statistics: ActivationStatistics | None = None
         self._process_group: Any = None
         self._division: WorkDivision | None = None
-        super().__init__(_split_by_method(params), defaults)
+        super().__init__(split_by_method(params), defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its parameters must fit its method."""
         super().add_param_group(param_group)
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -285,7 +284,7 @@ class Kalma(torch.optim.Optimizer):
 
     @torch.compiler.disable
     def _kalma_step(self, group: dict[str, Any], parameters: list[Tensor], seen: Seen) -> None:
-        layout, division = _layout(group), self._division
+        layout, division = layout_of(group), self._division
         own = [division is None or division.is_own(p) for p in parameters]
         self._refresh(group, [p for p, is_own in zip(parameters, own, strict=True) if is_own and id(p) in seen], seen)
         parts = self._parts(group, layout, parameters, own)
@@ -435,7 +434,7 @@ class Kalma(torch.optim.Optimizer):
                     f"{names[id(module.weight)]} is stored as {order}; make the groups with kalma_groups(model), or "
                     f"give its group transposed={stored_transposed}"
                 )
-        sizes = {key: _block_size(group) for key, group in matrices.items()}
+        sizes = {key: block_size_of(group) for key, group in matrices.items()}
         return sizes, {key: names[key] for key in matrices}
 
     def _costs(self) -> dict[int, int]:
@@ -458,7 +457,7 @@ class Kalma(torch.optim.Optimizer):
         """The shape of C for each watched matrix, in the order of the groups."""
         assert self._statistics is not None
         return {
-            id(parameter): blocks_shape(_layout(group).inputs(parameter.shape), _block_size(group))
+            id(parameter): blocks_shape(layout_of(group).inputs(parameter.shape), block_size_of(group))
             for group in self.param_groups
             for parameter in group["params"]
             if id(parameter) in self._statistics.watched
@@ -497,7 +496,7 @@ class Kalma(torch.optim.Optimizer):
             # The saved groups may have blocks of another size.
             watched = self._statistics.block_sizes
             self._statistics.block_sizes = {
-                id(p): _block_size(group) for group in self.param_groups for p in group["params"] if id(p) in watched
+                id(p): block_size_of(group) for group in self.param_groups for p in group["params"] if id(p) in watched
             }
         for parameter, state in zip(parameters, states, strict=True):
             for name, value in state.items():
@@ -509,70 +508,10 @@ class Kalma(torch.optim.Optimizer):
             self._statistics.active = self._refreshes_next()
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    """Refuses settings out of range and parameters that do not fit the group's method."""
-    for name, low, high in (
-        ("lr", 0.0, float("inf")),
-        ("weight_decay", 0.0, float("inf")),
-        ("momentum", 0.0, 1.0),
-        ("variance_decay", 0.0, 1.0),
-        ("covariance_decay", 0.0, 1.0),
-    ):
-        _check_range(name, float(group[name]), low, high)
-    for beta in group["betas"]:
-        _check_range("betas", beta, 0.0, 1.0)
-    if not 0 < group["damping"] < float("inf"):
-        raise ValueError(f"damping must be positive, got {group['damping']}")
-    for name in ("refresh_every", "turn_every", "block_size"):
-        if group[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {group[name]}")
-    if group["method"] is None:
-        matrices = {p.ndim == 2 for p in group["params"]}
-        if len(matrices) > 1:
-            raise ValueError(
-                "a group of matrices and vectors needs to be divided: use kalma_groups(model), or give each group a "
-                "method"
-            )
-        group["method"] = "kalma" if matrices != {False} else "adamw"
-    if group["method"] not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {group['method']!r}")
-    for parameter in group["params"]:
-        if parameter.is_complex() or parameter.is_sparse:
-            raise ValueError("Kalma needs dense real parameters; give complex or sparse ones to another optimiser")
-        if group["method"] == "exact" and (parameter.ndim != 2 or group["transposed"] or group["split_sizes"]):
-            raise ValueError(
-                f"method exact needs 2-D parameters stored as (outputs, inputs), each one matrix; a parameter of shape "
-                f"{tuple(parameter.shape)} with its options is not: use kalma or adamw"
-            )
-        if group["method"] in ("kalma", "table"):
-            _layout(group).check(parameter.shape)
-
-
-def _layout(group: dict[str, Any]) -> Layout:
-    return Layout(group["transposed"], group["split_sizes"], group["stacked"])
-
-
-def _block_size(group: dict[str, Any]) -> int:
-    """The exact method never cuts P."""
-    return 2**62 if group["method"] == "exact" else int(group["block_size"])
-
-
 def _gradient(parameter: Tensor, group: dict[str, Any]) -> Tensor:
     """The direction uphill of what is minimised."""
     assert parameter.grad is not None
     return -parameter.grad if group["maximize"] else parameter.grad
-
-
-def _split_by_method(params: Iterable[Any]) -> list[dict[str, Any]]:
-    """Groups stay as they are; bare parameters become a group of matrices and a group of the rest."""
-    items = list(params)
-    if items and isinstance(items[0], dict):
-        return items
-    split: dict[Literal["kalma", "adamw"], list[Any]] = {"kalma": [], "adamw": []}
-    for item in items:
-        parameter = item[1] if isinstance(item, tuple) else item
-        split["kalma" if parameter.ndim == 2 else "adamw"].append(item)
-    return [{"method": method, "params": members} for method, members in split.items() if members]
 
 
 def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
@@ -624,8 +563,3 @@ def _warn(message: str) -> None:
 
 def _master_type(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
-        raise ValueError(f"{name} must be in [{low}, {high}), got {value}")

@@ -65,7 +65,10 @@ def summarise(
     for name in families:
         if name != reference:
             summary["differences"][f"{name} - {reference}"] = {
-                law: differences(drawn[name, law], drawn[reference, law], summary["families"], name, reference, law)
+                law: differences(
+                    [summary["families"][one]["laws"][law]["constants"] for one in (name, reference)],
+                    list(zip(drawn[name, law], drawn[reference, law], strict=True)),
+                )
                 for law in LAWS
             }
     return summary
@@ -94,22 +97,21 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
 
 
 def differences(
-    ours: Sequence[Mapping[str, float]],
-    theirs: Sequence[Mapping[str, float]],
-    families: Mapping[str, Any],
-    name: str,
-    reference: str,
-    law: LawName,
+    constants: Sequence[Mapping[str, float]], drawn: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
 ) -> dict[str, Any]:
-    """Exponents of one family less those of another, with intervals; undecided where the interval holds 0."""
+    """Exponents of one family less those of another, with intervals; undecided where the interval holds 0.
+
+    Args:
+        constants: Of the one fit and of the other.
+        drawn: Bootstrapped constants of both.
+    """
+    ours, theirs = constants
     found: dict[str, Any] = {}
     for exponent in EXPONENTS:
-        if exponent not in ours[0] or exponent not in theirs[0]:
+        if exponent not in ours or exponent not in theirs:
             continue
-        low, high = interval([a[exponent] - b[exponent] for a, b in zip(ours, theirs, strict=True)])
-        value = (
-            families[name]["laws"][law]["constants"][exponent] - families[reference]["laws"][law]["constants"][exponent]
-        )
+        low, high = interval([one[exponent] - other[exponent] for one, other in drawn])
         verdict = "larger" if low > 0 else "smaller" if high < 0 else "undecided"
-        found[exponent] = {"difference": value, "interval": [low, high], "verdict": verdict}
+        difference = ours[exponent] - theirs[exponent]
+        found[exponent] = {"difference": difference, "interval": [low, high], "verdict": verdict}
     return found

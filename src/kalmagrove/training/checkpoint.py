@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import fsync_file, fsync_folder, remove, temporary_name
+from kalmagrove.files import fsync_file, fsync_folder, remove, rename_over, temporary_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -207,19 +207,11 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 def _move_into_place(temporary: Path, final: Path) -> None:
-    if not os.path.lexists(final):
-        os.rename(temporary, final)
-        return
-    # A folder cannot be renamed over a full one; the old one keeps a name under which it can be found meanwhile.
+    # The old one keeps a name under which it can be found meanwhile.
     replaced = final.with_name(final.name + _REPLACED)
-    if os.path.lexists(replaced):
+    if os.path.lexists(final) and os.path.lexists(replaced):
         _remove_checkpoint(replaced)
-    os.rename(final, replaced)
-    try:
-        os.rename(temporary, final)
-    except BaseException:
-        os.rename(replaced, final)
-        raise
+    rename_over(temporary, final, aside=replaced)
 
 
 def set_aside(folder: Path, names: Collection[str]) -> None:
@@ -292,11 +284,13 @@ def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, str
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    from kalmagrove.training.nested import memory_of
+
     names_by_memory: dict[tuple[Any, ...], str] = {}
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        memory = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        memory = memory_of(tensor)
         if tensor.numel() and memory in names_by_memory:
             aliases[name] = names_by_memory[memory]
         else:

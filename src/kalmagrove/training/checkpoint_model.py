@@ -1,20 +1,18 @@
-"""The model of one checkpoint of a run, as a folder like the one that the run leaves at its end."""
+"""The model of a run as a folder for transformers: at the run's end, or of one of its checkpoints."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.tokenizer import save_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import replace_folder, temporary_name
+from kalmagrove.files import whole_folder
 from kalmagrove.models.convert import save_model
+from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.exporting import require_free_folder
 from kalmagrove.training.checkpoint import checkpoint_path, load_checkpoint, named_steps
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.run import TrainingRun
@@ -37,38 +35,45 @@ def export_checkpoint(run: Path, which: str, folder: Path, *, open_data: Callabl
         UsageError: There is no such checkpoint, or the folder is in use.
         KalmaGroveError: The run or the checkpoint cannot be read.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty; choose another --out")
+    require_free_folder(folder)
     source = RunFolder(run)
     step = _chosen_step(source, which)
-    config = read_config(source)
+    config = train_config_of(source)
     # The run's own device may not be here.
     config = replace(config, loop=replace(config.loop, device="cpu", compile=False))
-    data = open_data(config.data)
-    trained = TrainingRun(config, data)
+    trained = TrainingRun(config, open_data(config.data))
     trained.restore(load_checkpoint(checkpoint_path(source.checkpoints_path, step)))
-    temporary = temporary_name(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        save_model(trained.model, temporary)
-        save_tokenizer(data.load_tokenizer(), temporary, context_length=config.loop.context_length)
-        replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_trained_model(trained.model, trained, folder)
     return step
 
 
-def read_config(run: RunFolder) -> TrainConfig:
+def write_trained_model(model: KalmaGroveForCausalLM, run: TrainingRun, folder: Path) -> None:
+    """Writes a run's model with its tokeniser; what has the folder's name is replaced.
+
+    Args:
+        model: All of the run's model, which the run itself may have in shards.
+        run: Gives the tokeniser and the context.
+        folder: Of the model.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    with whole_folder(folder) as temporary:
+        save_model(model, temporary)
+        save_tokenizer(run.data.load_tokenizer(), temporary, context_length=run.config.loop.context_length)
+
+
+def train_config_of(run: RunFolder) -> TrainConfig:
     """The configuration that a run was started with.
 
     Raises:
-        KalmaGroveError: The folder is no training run's.
+        KalmaGroveError: The folder is no training run's, or its configuration cannot be read.
     """
     try:
-        options: dict[str, Any] = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
+        options = run.read_config()
         parts = {"data": DataConfig, "model": ModelConfig, "optim": OptimConfig, "loop": LoopConfig}
         return TrainConfig(**{name: kind(**options[name]) for name, kind in parts.items()})
-    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise KalmaGroveError(f"{run.path} is not the folder of a training run; give one") from error
 
 

@@ -47,8 +47,8 @@ def _square(tensors: Sequence[Tensor]) -> float:
 
 
 def matrices_of(model: nn.Module) -> list[Tensor]:
-    """Copies of a model's matrices, for `update_ratio`."""
-    return [p.detach().clone() for p in model.parameters() if p.ndim >= 2]
+    """A model's matrices, for `update_ratio`: what is done to the model is done to them."""
+    return [p.detach() for p in model.parameters() if p.ndim >= 2]
 
 
 def update_ratio(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -11,22 +11,20 @@ from torch import Tensor, nn
 
 from kalmagrove.errors import UsageError
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.optim.distributed import as_shard, whole_tensor
+from kalmagrove.optim.distributed import SHARDED_STATES, as_shard, whole_tensor
 from kalmagrove.optim.kalma import Kalma
 from kalmagrove.training.config import LoopConfig, Parallel
+from kalmagrove.training.nested import map_tensors
 from kalmagrove.world import World
-
-SHARDED_STATES = frozenset({"momentum", "momentum_buffer", "exp_avg", "exp_avg_sq"})
-"""What optimisers keep in the shards of its parameter; everything else is whole on every process."""
 
 LossSum = Callable[[Tensor, Tensor], Tensor]
 
 
-def check_batch(loop: LoopConfig, world: World) -> None:
-    """That every process gets its part of a batch.
+def check_processes(loop: LoopConfig, world: World) -> None:
+    """That so many processes can do what is asked for, and that each gets its part of a batch.
 
     Raises:
-        UsageError: There are too few sequences, or they cannot be divided as sharding needs.
+        UsageError: An option needs one process or copies of the model, or the sequences cannot be divided.
     """
     if loop.batch_size < world.size:
         raise UsageError(f"loop.batch_size {loop.batch_size} is too small for {world.size} processes; give each one")
@@ -144,13 +142,7 @@ def _shard(model: KalmaGroveForCausalLM) -> None:
 
 def whole_state(value: Any) -> Any:
     """A state with every sharded tensor gathered; all processes must call this together."""
-    if isinstance(value, Tensor):
-        return whole_tensor(value)
-    if isinstance(value, Mapping):
-        return {key: whole_state(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(whole_state(item) for item in value)
-    return value
+    return map_tensors(value, whole_tensor)
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

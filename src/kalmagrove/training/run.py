@@ -28,7 +28,7 @@ from kalmagrove.training.config import TrainConfig
 from kalmagrove.training.measures import gradient_noise_scale, matrices_of, update_ratio
 from kalmagrove.training.parallel import (
     ParallelLoss,
-    check_batch,
+    check_processes,
     load_whole_model,
     load_whole_optimizer,
     whole_optimizer_state,
@@ -84,7 +84,7 @@ class TrainingRun:
     def __init__(self, config: TrainConfig, data: PackedText, world: World = ALONE) -> None:
         self.config, self.data, self.world = config, data, world
         loop = config.loop
-        check_batch(loop, world)
+        check_processes(loop, world)
         try:
             self.device = choose_device(loop.device, local_rank=world.local_rank if world.size > 1 else None)
             self.precision = choose_precision(loop.precision, self.device)
@@ -105,14 +105,14 @@ class TrainingRun:
         if loop.activation_checkpointing:
             self.model.make_activations_again()
         self._check_growth()
-        # Too little text is an error here, before step 1.
-        self._example = self.batch(0)[:1].to(self.device)
         self._prepare_for_training()
         self.step, self.is_whole = 0, True
 
     def _prepare_for_training(self) -> None:
         loop = self.config.loop
-        self.loss = ParallelLoss(self.model, self.world, loop.parallel, compiled=loop.compile, example=self._example)
+        # Too little text is an error here, before step 1.
+        example = self.batch(0)[:1].to(self.device)
+        self.loss = ParallelLoss(self.model, self.world, loop.parallel, compiled=loop.compile, example=example)
         self.optimizers = self._build_optimizers()
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -181,10 +181,10 @@ class TrainingRun:
         Raises:
             TrainingDiverged: As for `train_step`.
         """
-        before = matrices_of(self.model)
+        before = [matrix.clone() for matrix in matrices_of(self.model)]
         noise_scale = self._noise_scale()
         result = self.train_step()
-        after = [p.detach() for p in self.model.parameters() if p.ndim >= 2]
+        after = matrices_of(self.model)
         grown = len(before) != len(after) or any(a.shape != b.shape for a, b in zip(before, after, strict=True))
         ratio = None if grown else update_ratio(before, after)
         return replace(result, update_ratio=ratio, gradient_noise_scale=noise_scale)

@@ -67,6 +67,25 @@ class RunFolder:
         """The finished run's outcome, as JSON."""
         return self.path / "result.json"
 
+    def read_config(self) -> dict[str, Any]:
+        """Return the configuration as it was written, of a run or of a comparison.
+
+        Raises:
+            KalmaGroveError: The file is not YAML, or not a mapping.
+            OSError: There is none, or it cannot be read.
+        """
+        import yaml
+
+        # The library lets errors of its own through where a value does not have the form of its type.
+        of_values = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
+        try:
+            config = yaml.safe_load(self.config_path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, *of_values) as error:
+            raise KalmaGroveError(f"{self.config_path} is not valid YAML; choose another run folder") from error
+        if not isinstance(config, dict):
+            raise KalmaGroveError(f"{self.config_path} does not hold a configuration; choose another run folder")
+        return config
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the metrics records, without a last line that a crash cut.
 
@@ -220,14 +239,7 @@ def _remove_temporaries(folder: Path) -> None:
 
 
 def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_changed: frozenset[str]) -> None:
-    import yaml
-
-    try:
-        stored = yaml.safe_load(run.config_path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise KalmaGroveError(f"{run.config_path} is not valid YAML; choose another run folder") from error
-    if not isinstance(stored, dict):
-        raise KalmaGroveError(f"{run.config_path} does not hold a configuration; choose another run folder")
+    stored = run.read_config()
     differences = [
         f"{_shorten(name)}: {_shorten(old)} -> {_shorten(new)}"
         for name, old, new in _differences(stored, config, "")

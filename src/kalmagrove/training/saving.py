@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kalmagrove.training.checkpoint import save_checkpoint
+from kalmagrove.training.nested import map_tensors, memory_of
 
 
 class CheckpointWriter:
@@ -71,17 +72,12 @@ class CheckpointWriter:
 
 def copy_to_cpu(value: Any) -> Any:
     """A copy of nested dicts, lists and tuples that later steps do not change; tied tensors stay tied."""
-    return _copied(value, {})
+    copies: dict[tuple[Any, ...], Tensor] = {}
 
-
-def _copied(value: Any, copies: dict[tuple[Any, ...], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        memory = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if value.numel() == 0 or memory not in copies:
-            copies[memory] = value.detach().to("cpu", copy=True)
+    def copied(tensor: Tensor) -> Tensor:
+        memory = memory_of(tensor)
+        if tensor.numel() == 0 or memory not in copies:
+            copies[memory] = tensor.detach().to("cpu", copy=True)
         return copies[memory]
-    if isinstance(value, Mapping):
-        return {key: _copied(item, copies) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item, copies) for item in value)
-    return value
+
+    return map_tensors(value, copied)

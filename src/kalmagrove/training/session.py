@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.data.packing import PackedText
-from kalmagrove.data.tokenizer import save_tokenizer
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import remove, replace_folder, temporary_name, write_json_atomic
-from kalmagrove.models.convert import save_model
+from kalmagrove.files import write_json_atomic
 from kalmagrove.training.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
@@ -21,6 +19,7 @@ from kalmagrove.training.checkpoint import (
     prune,
     set_aside,
 )
+from kalmagrove.training.checkpoint_model import write_trained_model
 from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
 from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
@@ -252,21 +251,10 @@ class TrainingSession:
 
     def export(self) -> Path:
         """Writes the model as a Hugging Face folder with its tokeniser; all processes must call this together."""
-        path = self.folder.model_path
         model = self.run.whole_model()
-        if not self.world.is_first:
-            return path
-        temporary = temporary_name(path)
-        remove(temporary)
-        try:
-            save_model(model, temporary)
-            save_tokenizer(
-                self.run.data.load_tokenizer(), temporary, context_length=self.run.config.loop.context_length
-            )
-            replace_folder(temporary, path)
-        finally:
-            remove(temporary)
-        return path
+        if self.world.is_first:
+            write_trained_model(model, self.run, self.folder.model_path)
+        return self.folder.model_path
 
     def finish(self, result: dict[str, Any]) -> None:
         """Writes the model and then the result; a folder with a result is complete."""

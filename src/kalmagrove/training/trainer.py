@@ -64,7 +64,7 @@ def train(
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
-        raise ProcessLost(_lost(session)) from error
+        raise _process_lost(session) from error
     finally:
         session.close()
 
@@ -114,7 +114,7 @@ def _run_to_the_end(session: TrainingSession) -> None:
                 if not is_lost_connection(error):
                     raise
                 # The signal by which a launcher ends the processes that are left must not end this.
-                raise ProcessLost(_save_alone(session)) from error
+                raise _process_lost(session, _save_alone(session)) from error
             progress.update(run.step, result.loss, run.config.loop.tokens_per_step / result.seconds)
             if number and not run.done:
                 path = session.save()
@@ -131,20 +131,22 @@ def _progress_of(session: TrainingSession) -> ProgressBar:
     return ProgressBar(session.run.total_steps, start_step=session.run.step, stream=shown)
 
 
-def _save_alone(session: TrainingSession) -> str:
-    """Saves what this process can without the others; says what happened."""
+def _save_alone(session: TrainingSession) -> Path | None:
+    """Saves without the other processes, where this one has everything; None where not."""
     run = session.run
     divided = any(isinstance(optimizer, Kalma) and optimizer.divides_work for optimizer in run.optimizers)
     if run.loss.sharded or divided or not run.is_whole or not session.world.is_first:
-        return _lost(session)
+        return None
     path = session.save()
     session.wait_for_saving()
-    return f"{_lost(session).partition(';')[0]}; saved {path}; the same command goes on from there"
+    return path
 
 
-def _lost(session: TrainingSession) -> str:
-    where = f"process {session.world.rank} lost the connection to another one after step {session.run.step}"
-    return f"{where}; the same command goes on from the last checkpoint"
+def _process_lost(session: TrainingSession, saved: Path | None = None) -> ProcessLost:
+    lost = f"process {session.world.rank} lost the connection to another one after step {session.run.step}"
+    if saved is None:
+        return ProcessLost(f"{lost}; the same command goes on from the last checkpoint")
+    return ProcessLost(f"{lost}; saved {saved}; the same command goes on from there")
 
 
 def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:

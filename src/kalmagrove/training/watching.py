@@ -130,7 +130,7 @@ class RunWatch:
     ) -> None:
         self.folder = RunFolder(folder)
         self._name, self._within_comparison, self._clock = name, within_comparison, clock
-        self._total_steps = _total_steps(read_config(folder), self.folder.config_path)
+        self._total_steps = _total_steps(_read_config(folder), self.folder.config_path)
         self._tail = MetricsTail(self.folder.metrics_path)
 
     def read(self) -> RunState:
@@ -208,7 +208,7 @@ class FolderWatch:
         if not (folder / "config.yaml").is_file():
             raise KalmaGroveError(f"{folder} is not a run folder (it has no config.yaml)")
         self.folder, self._clock = folder, clock
-        self.is_comparison = "models" in read_config(folder)
+        self.is_comparison = "models" in _read_config(folder)
         self._runs: dict[Path, RunWatch] = {}
 
     def read(self) -> list[RunState]:
@@ -259,25 +259,10 @@ def _is_locked(file: IO[bytes]) -> bool:
     return False
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a run or of a comparison.
-
-    Raises:
-        KalmaGroveError: It is not YAML, or not a mapping.
-    """
-    import yaml
-
-    path = folder / "config.yaml"
-    _require_regular(path)
-    # The library lets errors of its own through where a value does not have the form of its type.
-    of_values = (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, RecursionError)
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, *of_values) as error:
-        raise KalmaGroveError(f"{path} is not valid YAML") from error
-    if not isinstance(config, dict):
-        raise KalmaGroveError(f"{path} does not hold a configuration")
-    return config
+def _read_config(folder: Path) -> dict[str, Any]:
+    run = RunFolder(folder)
+    _require_regular(run.config_path)
+    return run.read_config()
 
 
 def _require_regular(path: Path) -> None:
