@@ -27,14 +27,12 @@ from kalmagrove.training import saving
 from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import keep_freed_memory
 from kalmagrove.training.session import EVALUATIONS, TrainingSession
-from kalmagrove.training.tracking import ProgressBar
+from kalmagrove.training.tracking import DRAWINGS_A_SECOND, ProgressBar
 from kalmagrove.training.trainer import _run_to_the_end
 
 WARMUP_STEPS = 5
 SAVE_EVERY, EVALUATE_EVERY = 8, 20
 """Steps between savings and evaluations while they are measured."""
-REFRESHES_A_SECOND = 10
-"""How often rich draws the live bar."""
 
 
 @dataclass
@@ -191,7 +189,7 @@ def shares(parts: Parts, save_every: int, log_every: int) -> dict[str, Any]:
         "data loading": (_middle(parts.batches), 1.0),
         "line of metrics": (_middle(parts.lines), 1 / log_every),
         "progress bar, told": (_middle(parts.bar), 1.0),
-        "progress bar, drawn": (drawing, REFRESHES_A_SECOND * step),
+        "progress bar, drawn": (drawing, DRAWINGS_A_SECOND * step),
         "saving, loop held up": (_middle(parts.savings), 1 / save_every),
         "saving, steps slowed": (slowed / writings, 1 / save_every),
         "everything else": (statistics.median(_other_seconds(parts)), 1.0),
