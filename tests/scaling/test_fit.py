@@ -38,7 +38,7 @@ def points_of(law: Callable[[Point], float], noise: float = 0.0, seed: int = 0, 
 def test_the_irreducible_law_is_found_from_exact_losses() -> None:
     fit = fit_law("hoffmann", points_of(hoffmann))
     assert fit.constants == pytest.approx(HOFFMANN, rel=1e-3)
-    assert fit.agreeing > fit.starts / 2
+    assert fit.agreeing > fit.finalists / 2
 
 
 def test_the_power_law_is_found_from_exact_losses() -> None:
@@ -124,7 +124,7 @@ def test_the_published_fit_is_met() -> None:
                  "beta": (0.3658, 0.02)}  # fmt: skip
     for name, (value, error) in published.items():
         assert abs(fit.constants[name] - value) < 1.96 * error, name
-    assert fit.agreeing == fit.starts
+    assert fit.agreeing == fit.finalists
     assert warnings_of(fit, points) == []
 
 

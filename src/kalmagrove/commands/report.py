@@ -12,6 +12,7 @@ from kalmagrove.commands.parsing import make_parser, parse
 
 EXAMPLES = """\
   kalmagrove report runs/demo
+  kalmagrove report scaling runs/ladder
   kalmagrove report runs/demo --picture docs/demo.png"""
 
 
@@ -23,8 +24,24 @@ def make_report_parser() -> ArgumentParser:
     return parser
 
 
+def make_report_scaling_parser() -> ArgumentParser:
+    """The flags of ``kalmagrove report scaling``."""
+    parser = make_parser(
+        "report scaling",
+        "Draw a fitted ladder: perplexity against parameters, FLOPs and seconds, and what the laws say.",
+        "  kalmagrove report scaling runs/ladder",
+        configurable=False,
+    )
+    parser.add_argument("folder", type=Path, help="folder of a sweep that was fitted, or of a fit")
+    parser.add_argument("--out", type=Path, default=None, help="where to; left out: the folder of the fit")
+    return parser
+
+
 def run(words: Sequence[str]) -> None:
-    """Writes report.html and table.md again from a comparison's results.json."""
+    """Writes the report of a comparison or of a ladder again from its results."""
+    if words and words[0] == "scaling":
+        _run_scaling(words[1:])
+        return
     options = parse(make_report_parser(), words)
     from kalmagrove.report.figures import save_png
     from kalmagrove.report.page import write_report
@@ -36,3 +53,16 @@ def run(words: Sequence[str]) -> None:
     if options.picture is not None:
         save_png(results, Path(options.picture))
     show(folder)
+
+
+def _run_scaling(words: Sequence[str]) -> None:
+    options = parse(make_report_scaling_parser(), words)
+    from kalmagrove.scaling.pages import LAW_FOLDER
+    from kalmagrove.scaling.plan import read_fit
+    from kalmagrove.scaling.report import write_scaling_report
+
+    summary = read_fit(options.folder)
+    fit_folder = options.folder / LAW_FOLDER if (options.folder / LAW_FOLDER).is_dir() else options.folder
+    folder = options.out or (fit_folder if fit_folder.is_dir() else fit_folder.parent)
+    print(write_scaling_report(summary, folder), end="")
+    print(f"\npicture: {folder / 'scaling.png'}")

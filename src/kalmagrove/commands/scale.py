@@ -1,62 +1,44 @@
-"""``kalmagrove scale fit``."""
+"""``kalmagrove scale``: sweep, fit and plan, each in a module of its own."""
 
 from __future__ import annotations
 
-import json
+import importlib
 from collections.abc import Sequence
-from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from kalmagrove.commands.parsing import after_second_word, make_parser, parse, say
 from kalmagrove.errors import UsageError
 
-EXAMPLES = """\
-  kalmagrove scale fit runs.csv --out runs/law
-  kalmagrove scale fit runs.jsonl --baseline llama --resamples 4000 --out runs/law"""
+WORDS = {
+    "sweep": "train a ladder of models, sizes x tokens for each family",
+    "fit": "fit scaling laws to finished runs, with intervals",
+    "plan": "the best model for a budget, or what a loss costs",
+}
+_HELP = """usage: kalmagrove scale WORD [options]
 
+Scaling laws: what more parameters and more tokens buy, and for which family of models.
 
-def make_scale_fit_parser() -> ArgumentParser:
-    """The flags of ``kalmagrove scale fit``."""
-    parser = make_parser(
-        "scale fit",
-        "Fit scaling laws to finished runs: loss against parameters, tokens and rank, with intervals.",
-        EXAMPLES,
-        configurable=False,
-    )
-    parser.add_argument(
-        "runs",
-        type=Path,
-        help=".csv, .json or .jsonl with a row a run: parameters, tokens, loss; family, seed, rank_ratio",
-    )
-    parser.add_argument("--out", type=Path, default=None, help="a folder for fit.json, fit.md and fit.svg")
-    parser.add_argument("--baseline", type=str, default=None, help="the family that the others are compared with")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--repeated", action="store_true", help="fit what repeated tokens are worth (unique_tokens)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+words:
+{words}
+
+Each has its own help: kalmagrove scale WORD --help
+
+examples:
+  kalmagrove scale sweep --config configs/scaling/smoke.yaml --out runs/ladder
+  kalmagrove scale fit runs/ladder
+  kalmagrove scale plan runs/ladder --flops 1e18
+  kalmagrove report scaling runs/ladder
+"""
 
 
 def run(words: Sequence[str]) -> None:
-    """Fits and prints."""
-    options = parse(make_scale_fit_parser(), after_second_word("scale", "fit", words))
-    if options.resamples < 1:
-        raise UsageError(f"--resamples must be at least 1, got {options.resamples}")
-    if options.seed < 0:
-        raise UsageError(f"--seed must not be negative, got {options.seed}")
-    from kalmagrove.scaling.pages import markdown, write_pages
-    from kalmagrove.scaling.points import read_points
-    from kalmagrove.scaling.summary import summarise
+    """Runs the second word's command.
 
-    summary = summarise(
-        read_points(options.runs),
-        resamples=options.resamples,
-        seed=options.seed,
-        repeated=options.repeated,
-        baseline=options.baseline,
-        say=say,
-    )
-    if options.out is not None:
-        write_pages(summary, options.out)
-    print(json.dumps(summary, indent=2) if options.json else markdown(summary), end="")
+    Raises:
+        UsageError: There is no such word.
+    """
+    if words and words[0] in ("-h", "--help"):
+        print(_HELP.format(words="\n".join(f"  {name:<9} {text}" for name, text in WORDS.items())))
+        return
+    if not words or words[0] not in WORDS:
+        given = f"got {words[0]!r}" if words else "got nothing"
+        raise UsageError(f"kalmagrove scale needs one of the words {', '.join(WORDS)}, {given}")
+    importlib.import_module(f"kalmagrove.commands.scale_{words[0]}").run(words[1:])

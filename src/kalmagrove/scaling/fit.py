@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.scaling.laws import Array, Design, LawName, make_design
@@ -20,6 +21,10 @@ HUBER_DELTA = 1e-3
 FEWEST_POINTS = 8
 LARGEST_EXPONENT = 2.0
 AGREE = 1e-6
+SHORT_SEARCH, FINALISTS = 60, 16
+"""Steps of the searches from all starts, and how many of them go on."""
+LEAST_E = 1e-3
+"""Of the lowest loss: an E below it cannot be told from none, and the search would follow it for ever."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,9 @@ class Fit:
         design: The law at the points.
         unknowns: The solution, in the order of ``design.names``.
         objective: Sum of Huber losses there.
-        starts: Searches that were made.
-        agreeing: Searches that ended at this objective.
+        starts: Searches that were begun.
+        finalists: The best of them, which went on to their end.
+        agreeing: Finalists that ended at this objective.
         worth_of_repetition: R*, where it was fitted.
     """
 
@@ -41,6 +47,7 @@ class Fit:
     unknowns: Array
     objective: float
     starts: int
+    finalists: int
     agreeing: int
     worth_of_repetition: float | None = None
 
@@ -62,6 +69,11 @@ class Fit:
         return design.losses(design.predict(self.unknowns))
 
 
+# Threads on arrays of a law's size only wait for one another.
+_on_one_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
+
+@_on_one_thread
 def fit_law(law: LawName, points: Sequence[Point], *, repeated: bool = False) -> Fit:
     """The best fit over all starts.
 
@@ -85,7 +97,7 @@ def _with_repetition(fit: Fit, points: Sequence[Point]) -> Fit:
         design = make_design(fit.law, points, worth_of_repetition=worth)
         unknowns, objective = search(design, unknowns)
         if objective < best.objective or best is fit:
-            best = Fit(fit.law, design, unknowns, objective, fit.starts, fit.agreeing, float(worth))
+            best = replace(fit, design=design, unknowns=unknowns, objective=objective, worth_of_repetition=float(worth))
     return best
 
 
@@ -102,15 +114,17 @@ def _check_points(law: LawName, points: Sequence[Point]) -> None:
 
 
 def _best(law: LawName, design: Design) -> Fit:
-    found = [search(design, start) for start in _starts(design)]
+    begun = [search(design, start, longest=SHORT_SEARCH) for start in _starts(design)]
+    begun.sort(key=lambda result: result[1])
+    found = [search(design, unknowns) for unknowns, _ in begun[:FINALISTS]]
     objectives = np.array([objective for _, objective in found])
     best = int(np.argmin(objectives))
     agreeing = int((objectives <= objectives[best] * (1 + AGREE) + 1e-15).sum())
-    return Fit(law, design, found[best][0], float(objectives[best]), len(found), agreeing)
+    return Fit(law, design, found[best][0], float(objectives[best]), len(begun), len(found), agreeing)
 
 
-def search(design: Design, start: Array) -> tuple[Array, float]:
-    """The unknowns that a search from ``start`` ends at, and the objective there."""
+def search(design: Design, start: Array, *, longest: int = 5000) -> tuple[Array, float]:
+    """The unknowns that a search from ``start`` ends at, after ``longest`` steps at most, and the objective there."""
     # The objective is scaled up: it is small, and the search stops at absolute changes.
     scale = 1e3 / (HUBER_DELTA * len(design.target))
 
@@ -122,12 +136,14 @@ def search(design: Design, start: Array) -> tuple[Array, float]:
         slope = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
         return scale * float(value), scale * (slope @ derivative)
 
+    least = float(np.log(LEAST_E) + np.log(design.losses(design.target)).min())
     result = minimize(
         objective,
         start,
         jac=True,
         method="L-BFGS-B",
-        options={"maxiter": 5000, "maxfun": 10000, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
+        bounds=[(least if name == "log_E" else None, None) for name in design.names],
+        options={"maxiter": longest, "maxfun": 2 * longest, "ftol": 1e-15, "gtol": 1e-10, "maxcor": 20},
     )
     return result.x, float(result.fun) / scale
 
@@ -152,6 +168,7 @@ def _starts(design: Design) -> Iterator[Array]:
         yield np.array([values[name] for name in design.names])
 
 
+@_on_one_thread
 def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -> list[dict[str, float]]:
     """The law's constants in resamples of the runs: points with replacement, and seeds within a point.
 

@@ -9,7 +9,7 @@ D' = U + U R* (1 - exp(-R / R*)) for U different tokens that are read R more tim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -119,10 +119,56 @@ def make_design(
     return Design(law, names, terms, np.log(loss), centre)
 
 
+def predicted_loss(
+    constants: Mapping[str, float], parameters: float, tokens: float, *, rank_ratio: float = 1.0
+) -> float:
+    """Nats a token of a law with given constants: the power law where they have c, else Hoffmann's.
+
+    Args:
+        constants: As :attr:`~kalmagrove.scaling.fit.Fit.constants` has them.
+        parameters: Of the model.
+        tokens: Of the training, repeated ones at what they are worth.
+        rank_ratio: Of the model.
+    """
+    rank = rank_ratio ** -constants.get("gamma", 0.0)
+    size, data = parameters ** -constants["alpha"], tokens ** -constants["beta"]
+    if "c" in constants:
+        return float(np.log(constants["c"] * size * data * rank))
+    return constants["E"] + constants["A"] * size * rank + constants["B"] * data
+
+
+def tokens_for_loss(
+    constants: Mapping[str, float], parameters: float, loss: float, *, rank_ratio: float = 1.0
+) -> float:
+    """Tokens after which a model of this size has this loss; infinity where no number of them is enough."""
+    if "c" in constants:
+        rest = loss - predicted_loss(constants, parameters, 1.0, rank_ratio=rank_ratio)
+        exponent = -rest / constants["beta"]
+        return float(np.exp(exponent)) if exponent < 700 else float("inf")
+    with_all = constants["E"] + constants["A"] * parameters ** -constants["alpha"] * rank_ratio ** -constants.get(
+        "gamma", 0.0
+    )
+    if loss <= with_all:
+        return float("inf")
+    return float((constants["B"] / (loss - with_all)) ** (1 / constants["beta"]))
+
+
 def effective_tokens(point: Point, worth_of_repetition: float | None) -> float:
     """Tokens that a run's tokens are worth when some were read again."""
-    unique = point.unique_tokens
-    if worth_of_repetition is None or unique is None or unique >= point.tokens:
+    if worth_of_repetition is None or point.unique_tokens is None:
         return point.tokens
-    again = point.tokens / unique - 1
-    return float(unique * (1 + worth_of_repetition * (1 - np.exp(-again / worth_of_repetition))))
+    return worth_of_tokens(point.tokens, point.unique_tokens, worth_of_repetition)
+
+
+def worth_of_tokens(tokens: float, unique_tokens: float, worth_of_repetition: float) -> float:
+    """Different tokens that would be worth as much as these, some of which are read again (arXiv:2305.16264).
+
+    Args:
+        tokens: All that are read.
+        unique_tokens: Different ones of the text.
+        worth_of_repetition: R*.
+    """
+    if unique_tokens >= tokens:
+        return tokens
+    again = tokens / unique_tokens - 1
+    return float(unique_tokens * (1 + worth_of_repetition * (1 - np.exp(-again / worth_of_repetition))))

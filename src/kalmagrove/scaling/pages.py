@@ -11,6 +11,9 @@ import numpy as np
 
 from kalmagrove.files import write_json_atomic, write_text_atomic
 
+LAW_FOLDER = "law"
+"""Of a sweep: where its fit is."""
+FIT = "fit.json"
 COLOURS = ("#d0601c", "#2b7cc4", "#0f9671", "#b5689b", "#a17a00")
 
 
@@ -21,7 +24,7 @@ def write_pages(summary: Mapping[str, Any], folder: Path) -> None:
         OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / "fit.json", summary)
+    write_json_atomic(folder / FIT, summary)
     write_text_atomic(folder / "fit.md", markdown(summary))
     write_text_atomic(folder / "fit.svg", picture(summary))
 
@@ -46,7 +49,8 @@ def markdown(summary: Mapping[str, Any]) -> str:
                 lines.append(
                     f"Fitted without the largest {held['runs']} runs, it misses their loss by {held['error']:.4f} nats."
                 )
-            lines.append(f"{fit['agreeing_starts']} of {fit['starts']} searches ended here.")
+            best = f"{fit['agreeing_starts']} of the {fit['finalists']} best"
+            lines.append(f"{best} of {fit['starts']} searches ended here.")
             lines += [f"- **Careful:** {warning}." for warning in fit["warnings"]] + [""]
     lines += _difference_lines(summary["differences"])
     if summary["left_out"]:

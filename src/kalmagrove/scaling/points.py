@@ -13,6 +13,10 @@ from typing import Any
 from kalmagrove.errors import KalmaGroveError, UsageError
 
 _NAMES = {"N": "parameters", "D": "tokens", "C": "flops", "n": "parameters", "d": "tokens"}
+TABLE = "runs.jsonl"
+"""Of a sweep: a row for each run of its ladder."""
+FACTS = "sweep.json"
+"""Of a sweep: how its models were built and tuned."""
 _NUMBERS = ("parameters", "tokens", "loss")
 
 
@@ -28,6 +32,7 @@ class Point:
         rank_ratio: Rank of Grove's factors over the full rank; 1 for a dense model.
         unique_tokens: Different tokens of the training text; the same as ``tokens`` where none was read twice.
         flops: Of the whole training; None where it was not counted.
+        seconds: Of the training steps on one worker; None where they were not timed.
         seed: Runs that differ in nothing else are repetitions of one point.
         vocabulary: A name of the tokeniser; losses of different ones cannot be compared.
     """
@@ -39,6 +44,7 @@ class Point:
     rank_ratio: float = 1.0
     unique_tokens: float | None = None
     flops: float | None = None
+    seconds: float | None = None
     seed: int = 0
     vocabulary: str = ""
 
@@ -57,7 +63,7 @@ class PointTable:
 
 
 def read_points(path: Path) -> PointTable:
-    """Points from a .csv, .json (a list) or .jsonl file with a row for each run.
+    """Points from a .csv, .json (a list) or .jsonl file with a row for each run, or from the folder of a sweep.
 
     Columns are named as the fields of :class:`Point`; N, D and C stand for parameters, tokens and flops. Others are
     ignored.
@@ -66,6 +72,7 @@ def read_points(path: Path) -> PointTable:
         UsageError: The file is of another type, or lacks a column.
         KalmaGroveError: It cannot be read, a cell is no number, or the runs have several tokenisers.
     """
+    path = table_path(path)
     rows = list(_rows(path))
     points, left_out = [], []
     for number, row in enumerate(rows, start=1):
@@ -88,6 +95,19 @@ def read_points(path: Path) -> PointTable:
     if not points:
         raise KalmaGroveError(f"{path} holds no run that can be used" + (f": {left_out[0]}" if left_out else ""))
     return PointTable(tuple(points), tuple(left_out))
+
+
+def table_path(path: Path) -> Path:
+    """The table of a sweep where its folder is given.
+
+    Raises:
+        KalmaGroveError: The folder has none.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / TABLE).is_file():
+        raise KalmaGroveError(f"{path} holds no {TABLE}; give the folder of a finished scale sweep, or a table")
+    return path / TABLE
 
 
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
@@ -127,6 +147,8 @@ def _point(path: Path, number: int, row: Mapping[str, Any]) -> Point:
 
 
 def _reason_against(point: Point) -> str | None:
+    if math.isnan(point.loss):
+        return "it has no loss (it did not finish, or diverged)"
     for name in (*_NUMBERS, "rank_ratio"):
         value = getattr(point, name)
         if not math.isfinite(value):

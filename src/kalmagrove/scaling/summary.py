@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, get_args
 
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.scaling.fit import HUBER_DELTA, Fit, bootstrap, fit_law, held_out_error, interval, warnings_of
 from kalmagrove.scaling.laws import FORMULAS, LawName
-from kalmagrove.scaling.points import Point, PointTable
+from kalmagrove.scaling.points import FACTS, Point, PointTable
 
 LAWS: tuple[LawName, ...] = get_args(LawName)
 EXPONENTS = ("alpha", "beta", "gamma")
+KEPT_DRAWS = 400
+"""Bootstrapped constants that are kept, for the intervals of predictions."""
 
 
 def summarise(
@@ -31,16 +36,15 @@ def summarise(
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
         repeated: Whether to fit what repeated tokens are worth.
-        baseline: The family that the others are compared with; None is the first by name.
+        baseline: The family that the others are compared with; None is the first of the table.
         say: Told what is being fitted.
 
     Raises:
         UsageError: There is no such family.
         KalmaGroveError: A family has too few runs.
     """
-    families = {
-        name: [p for p in table.points if p.family == name] for name in sorted({p.family for p in table.points})
-    }
+    names = dict.fromkeys(point.family for point in table.points)
+    families = {name: [point for point in table.points if point.family == name] for name in names}
     if baseline is not None and baseline not in families:
         raise UsageError(f"there is no family {baseline!r}; the table has {', '.join(families)}")
     reference = baseline or next(iter(families))
@@ -53,7 +57,11 @@ def summarise(
     }
     drawn: dict[tuple[str, str], list[dict[str, float]]] = {}
     for name, points in families.items():
-        summary["families"][name] = {"points": [asdict(point) for point in points], "laws": {}}
+        summary["families"][name] = {
+            "points": [asdict(point) for point in points],
+            "flops_per_second": speed_of(points),
+            "laws": {},
+        }
         for law in LAWS:
             say(f"fitting {law} to {len(points)} runs of {name}")
             try:
@@ -74,6 +82,31 @@ def summarise(
     return summary
 
 
+def facts_of_sweep(runs: Path) -> dict[str, Any]:
+    """How a sweep's models were built, on which text and at which learning rates; nothing for a table alone.
+
+    Args:
+        runs: The folder of a sweep, or a table.
+
+    Raises:
+        KalmaGroveError: The folder's facts are not JSON.
+    """
+    path = runs / FACTS
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_bytes())
+        return {name: facts[name] for name in ("models", "data", "tuning", "environment")}
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise KalmaGroveError(f"{path} is damaged; start the sweep's command again to write it anew") from error
+
+
+def speed_of(points: Sequence[Point]) -> float | None:
+    """FLOPs a second of one worker: the median of the quarter of the timed runs with the most FLOPs."""
+    timed = sorted((p.flops, p.flops / p.seconds) for p in points if p.flops and p.seconds)
+    return statistics.median(speed for _, speed in timed[-max(1, len(timed) // 4) :]) if timed else None
+
+
 def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """One law of one family."""
     constants = fit.constants
@@ -84,9 +117,11 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
         "intervals": {name: interval([values[name] for values in drawn]) for name in drawn[0]},
         "objective": fit.objective,
         "starts": fit.starts,
+        "finalists": fit.finalists,
         "agreeing_starts": fit.agreeing,
         "residuals": [float(point.loss - loss) for point, loss in zip(points, predicted, strict=True)],
         "held_out": held_out_error(fit.law, points),
+        "draws": list(drawn[:KEPT_DRAWS]),
         "warnings": warnings_of(fit, points),
         "range": {
             name: [min(values), max(values)]

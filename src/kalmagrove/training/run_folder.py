@@ -23,6 +23,10 @@ _SHOWN_CHARACTERS = 60
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
+class RunFolderInUse(KalmaGroveError):
+    """Another process holds the run folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The files of one run; `open_run_folder` gives one for writing, `RunFolder(path)` one for reading.
@@ -184,7 +188,8 @@ def open_run_folder(
         The folder, locked against other processes until it is released.
 
     Raises:
-        KalmaGroveError: The folder is in use, holds something else, or belongs to another configuration.
+        RunFolderInUse: Another process holds it.
+        KalmaGroveError: The folder holds something else, or belongs to another configuration.
     """
     import yaml
 
@@ -299,7 +304,7 @@ def _lock(folder: Path) -> IO[bytes]:
         # Some network file systems have no locks, and a run there is better than none.
         if error.errno not in _NO_LOCKS_HERE:
             file.close()
-            raise KalmaGroveError(
+            raise RunFolderInUse(
                 f"Run folder {folder} is in use by another process; wait for it to end or choose another folder"
             ) from error
     return file

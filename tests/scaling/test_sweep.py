@@ -1,0 +1,203 @@
+"""Workers of a ladder: every run once, resumed bit for bit, shared by locks or by a study."""
+
+import json
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, best_scales, rungs
+from kalmagrove.scaling.points import read_points
+from kalmagrove.scaling.share import FolderShare, run_path
+from kalmagrove.scaling.study import open_study
+from kalmagrove.scaling.sweep import write_tables
+from kalmagrove.scaling.worker import known_losses, loss_of, runs_to_do, tuning_report, work
+from kalmagrove.training.config import DataConfig, LoopConfig
+from kalmagrove.training.run_folder import open_run_folder
+from kalmagrove.training.session import TrainingSession
+from kalmagrove.training.signals import Interrupted
+
+CONFIG = SweepConfig(
+    data=DataConfig(vocab_size=300),
+    families="llama,kalmagrove",
+    sizes=["16x1", "32x1"],
+    tokens=["512", "1024"],
+    head_dim=8,
+    loop=LoopConfig(batch_size=4, context_length=32, precision="fp32", device="cpu", save_every=2, log_every=1),
+)
+
+
+def result_losses(folder: Path) -> dict[str, float]:
+    share = FolderShare(folder)
+    losses, done = known_losses(CONFIG, share)
+    return {rung.key: loss_of(done[rung.key]) for rung in all_runs(CONFIG, losses)}
+
+
+@pytest.fixture(scope="module")
+def finished(packed: PackedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    work(CONFIG, packed, folder, FolderShare(folder))
+    return folder
+
+
+def test_the_table_has_a_sound_point_for_each_run(finished: Path, packed: PackedText) -> None:
+    facts = write_tables(CONFIG, packed, finished, FolderShare(finished), command="kalmagrove scale sweep")
+    table = read_points(finished)
+    assert facts["runs"] == facts["planned_runs"] == len(table.points) == 8 and not table.left_out
+    assert facts["models"]["families"]["kalmagrove"] == {"preset": "kalmagrove", "optim": "kalma"}
+    for point in table.points:
+        assert 0 < point.loss < math.log(300) + 0.5
+        assert point.flops is not None and point.flops > 6 * point.parameters * point.tokens / 10
+        assert point.seconds is not None and point.seconds > 0
+        assert point.unique_tokens is not None and point.unique_tokens <= point.tokens
+    by_size = {(p.family, p.parameters) for p in table.points}
+    assert len(by_size) == 4
+    assert not list(finished.glob("runs/**/checkpoints"))
+    assert len(list(finished.glob("runs/**/model/model.safetensors"))) == 8
+
+
+def test_a_worker_that_is_stopped_goes_on_to_the_same_losses(
+    finished: Path, packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal comes in the middle of every second run, until all are done."""
+    steps = 0
+    advance = TrainingSession.advance
+
+    def advance_and_stop(session: TrainingSession) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps % 7 == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return advance(session)
+
+    monkeypatch.setattr(TrainingSession, "advance", advance_and_stop)
+    stops = 0
+    while True:
+        try:
+            work(CONFIG, packed, tmp_path, FolderShare(tmp_path))
+            break
+        except Interrupted as stopped:
+            assert stopped.exit_code == 128 + signal.SIGTERM
+            stops += 1
+    assert stops > 4
+    assert result_losses(tmp_path) == result_losses(finished)
+
+
+def test_a_run_that_another_process_holds_is_left_alone(packed: PackedText, tmp_path: Path) -> None:
+    share = FolderShare(tmp_path)
+    todo = runs_to_do(CONFIG, share, packed.vocab_size)
+    with open_run_folder(run_path(tmp_path, todo[0]), {"any": "thing"}):
+        claim = share.take(todo)
+        assert claim is not None and claim.rung.key == todo[1].key
+        assert share.take(todo[:1]) is None
+    claim = share.take(todo)
+    assert claim is not None and claim.rung.key == todo[0].key
+
+
+def test_a_run_that_diverges_has_an_outcome_and_is_left_out_by_name(packed: PackedText, tmp_path: Path) -> None:
+    # The largest size alone, at a rate that no model survives.
+    config = replace(CONFIG, families="llama", sizes=["16x1"], tokens=["512", "1024"], lr_exponent=0.0)
+    config = replace(config, loop=replace(config.loop, tokens="1024"))
+    share = FolderShare(tmp_path)
+    run = rungs(config, {"llama": 1.0})[0]
+    with open_run_folder(run_path(tmp_path, run), {}) as folder:
+        folder.write_result({"diverged": True, "step": 3, "seconds": 1.0})
+    work(config, packed, tmp_path, share)
+    write_tables(config, packed, tmp_path, share, command="")
+    table = read_points(tmp_path)
+    assert len(table.points) == 1 and len(table.left_out) == 1
+    assert "it has no loss (it did not finish, or diverged)" in table.left_out[0]
+
+
+def test_trials_choose_the_rate_and_the_check_is_reported(packed: PackedText, tmp_path: Path) -> None:
+    config = replace(CONFIG, families="llama", trials=3, tuned_sizes=1, checked_size="32x1", tokens=["512"])
+    share = FolderShare(tmp_path)
+    work(config, packed, tmp_path, share)
+    losses, done = known_losses(config, share)
+    known = {key: loss_of(result) for key, result in done.items()}
+    chosen = best_scales(config, losses)["llama"]
+    tried = {rung.lr_scale: known[rung.key] for rung in all_runs(config, losses) if rung.size == "16x1"}
+    assert set(tried) == {0.5, 1.0, 2.0} and tried[chosen] == min(tried.values())
+    facts = write_tables(config, packed, tmp_path, share, command="")
+    (report,) = facts["tuning"]
+    assert report["chosen"] == chosen and report["at_the_edge"] == (chosen != 1.0)
+    check = report["check"]
+    assert check["size"] == "32x1" and set(check["valid_loss"]) == {"0.5", "1", "2"}
+    assert check["lost"] == check["valid_loss"]["1"] - min(check["valid_loss"].values())
+    assert facts["runs"] == 2
+    assert tuning_report(config, {}, [], {}) == []
+
+
+@contextmanager
+def two_threads(works: Sequence[Any]) -> Iterator[None]:
+    threads = [threading.Thread(target=each) for each in works]
+    for thread in threads:
+        thread.start()
+    yield
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("storage", ["journal.log", "sqlite:///{folder}/study.db"])
+def test_machines_without_a_common_folder_share_a_study(
+    storage: str, finished: Path, packed: PackedText, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna")
+    place = storage.format(folder=tmp_path) if "://" in storage else str(tmp_path / storage)
+    first = open_study(place, CONFIG, packed.fingerprint)
+    todo = runs_to_do(CONFIG, first, packed.vocab_size)
+    taken = [first.take(todo) for _ in range(3)]
+    second = open_study(place, CONFIG, packed.fingerprint)
+    others = [second.take(todo) for _ in range(len(todo))]
+    keys = [claim.rung.key for claim in [*taken, *others] if claim is not None]
+    assert len(keys) == len(set(keys)) == len(todo)
+    # A claim that is given back is taken by the other machine; a finished one by nobody.
+    assert taken[0] is not None and taken[1] is not None
+    taken[0].give_back()
+    again = second.take(todo)
+    assert again is not None and again.rung.key == taken[0].rung.key
+    result = json.loads((run_path(finished, taken[1].rung) / "result.json").read_text())
+    taken[1].finish(result)
+    assert second.results(todo) == {taken[1].rung.key: result}
+    assert taken[1].rung.key not in {rung.key for rung in runs_to_do(CONFIG, second, packed.vocab_size)}
+
+
+def test_a_worker_that_gives_no_sign_loses_its_run(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    share = open_study(str(tmp_path / "journal.log"), CONFIG, packed.fingerprint)
+    todo = runs_to_do(CONFIG, share, packed.vocab_size)[:1]
+    claim = share.take(todo)
+    assert claim is not None and share.take(todo) is None
+    monkeypatch.setattr("kalmagrove.scaling.study.SECONDS_UNTIL_LOST", -1.0)
+    assert share.take(todo) is not None
+
+
+def test_another_ladder_has_another_study(packed: PackedText, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    place = str(tmp_path / "journal.log")
+    one = open_study(place, CONFIG, packed.fingerprint)
+    other = open_study(place, replace(CONFIG, sizes=["16x1"]), packed.fingerprint)
+    same = open_study(place, replace(CONFIG, loop=replace(CONFIG.loop, log_every=7)), packed.fingerprint)
+    assert one.study.study_name == same.study.study_name != other.study.study_name
+
+
+def test_a_storage_that_cannot_be_opened_is_named(packed: PackedText, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(KalmaGroveError, match="the storage nosuch://x cannot be opened"):
+        open_study("nosuch://x", CONFIG, packed.fingerprint)
+
+
+def test_the_longest_runs_come_first(packed: PackedText, tmp_path: Path) -> None:
+    todo: list[Rung] = runs_to_do(CONFIG, FolderShare(tmp_path), packed.vocab_size)
+    assert todo[0].size == "32x1" and todo[0].tokens == 1024 and todo[-1].size == "16x1"
