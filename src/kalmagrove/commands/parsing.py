@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 
 from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, is_packed, open_packed, prepare
+from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
 
@@ -109,13 +110,10 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> PackedText:
     """
     if config.source is not None and is_packed(Path(config.source).expanduser()):
         packed = open_packed(Path(config.source).expanduser())
-        decided = {"tokenizer": None, "vocab_size": packed.vocab_size, "seed": DataConfig().seed}
-        for name, value in decided.items():
-            if getattr(config, name) not in (value, getattr(DataConfig(), name)):
-                raise UsageError(
-                    f"data.source {config.source} is packed already, with its own {name}; leave data.{name} out"
-                )
+        _require_left_out(config, f"data.source {config.source} is packed already, with", packed.vocab_size)
         return packed
+    if is_synthetic(config.source):
+        _require_left_out(config, f"data.source {config.source} comes with")
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )
@@ -130,6 +128,14 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> PackedText:
             seed=config.seed,
             progress=progress,
         )
+
+
+def _require_left_out(config: DataConfig, reason: str, vocab_size: int | None = None) -> None:
+    """A text that has its own tokeniser and splits is not given others."""
+    for name in ("tokenizer", "vocab_size", "seed"):
+        usual = getattr(DataConfig(), name)
+        if getattr(config, name) not in (usual, vocab_size if name == "vocab_size" else usual):
+            raise UsageError(f"{reason} its own {name}; leave data.{name} out")
 
 
 def _check_config_files(words: Sequence[str]) -> None:

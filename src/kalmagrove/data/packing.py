@@ -24,6 +24,8 @@ from kalmagrove.data.sources import (
     source_fingerprint,
 )
 from kalmagrove.data.splits import SPLITS, split_documents
+from kalmagrove.data.synthetic.options import full_name, is_synthetic, parse_synthetic, task_of
+from kalmagrove.data.synthetic.source import synthetic_tokenizer
 from kalmagrove.data.tokenizer import (
     end_of_text_id,
     load_tokenizer,
@@ -32,7 +34,7 @@ from kalmagrove.data.tokenizer import (
     tokenizer_fingerprint,
     train_tokenizer,
 )
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import (
     fsync_file,
     fsync_folder,
@@ -134,7 +136,8 @@ def prepare(
         source: As for `iter_documents`.
         folder: Receives token files, a manifest and the tokeniser; must not exist, be empty, or come from a call
             with the same inputs.
-        vocab_size: Vocabulary of the tokeniser that is trained on the training split; unused with ``tokenizer``.
+        vocab_size: Vocabulary of the tokeniser that is trained on the training split; unused with ``tokenizer``, and
+            for a synthetic task, which comes with its own.
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name.
         seed: Divides a source that has no splits.
         valid_fraction: Expected share of documents in valid.
@@ -143,13 +146,17 @@ def prepare(
 
     Raises:
         KalmaGroveError: The source or tokeniser cannot be used, or the folder holds something else.
-        UsageError: The vocabulary or a fraction is out of range.
+        UsageError: The vocabulary or a fraction is out of range, or a tokeniser is given for a synthetic task.
         OSError: The folder cannot be written.
     """
+    if is_synthetic(source):
+        if tokenizer is not None:
+            raise UsageError(f"{source} comes with its own tokenizer; leave {tokenizer} out")
+        source = full_name(parse_synthetic(source))
     inputs = {
         "source": source,
         "source_fingerprint": source_fingerprint(source),
-        "vocab_size": vocab_size if tokenizer is None else None,
+        "vocab_size": vocab_size if tokenizer is None and not is_synthetic(source) else None,
         "tokenizer": None if tokenizer is None else _tokenizer_identity(tokenizer),
         "seed": seed,
         "valid_fraction": valid_fraction,
@@ -164,7 +171,9 @@ def prepare(
         return split_documents(source, seed=seed, valid_fraction=valid_fraction, test_fraction=test_fraction)
 
     report = progress or (lambda stage, done: None)
-    if tokenizer is None:
+    if is_synthetic(source):
+        used = synthetic_tokenizer(source)
+    elif tokenizer is None:
         training_text = (document for split, document in documents() if split == "train")
         used = train_tokenizer(_reported(training_text, report), vocab_size)
     else:
@@ -210,6 +219,10 @@ def default_data_folder(source: str | None, vocab_size: int, tokenizer: str | No
         seed: As for `prepare`.
         root: Holds the folder.
     """
+    if is_synthetic(source):
+        options = parse_synthetic(source)
+        identity = hashlib.sha256(full_name(options).encode()).hexdigest()[:8]
+        return root / f"synthetic-{task_of(options)}-{identity}"
     python = "python-{}.{}.{}".format(*sys.version_info[:3])
     choices = [
         python if source is None else _absolute(source, is_hub_name(source)),

@@ -1,4 +1,4 @@
-"""Documents of a text source: files, folders, Hub data sets and the built-in corpus, streamed."""
+"""Documents of a text source: files, folders, Hub data sets, synthetic tasks and the built-in corpus, streamed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from kalmagrove.data.synthetic.options import is_synthetic
+from kalmagrove.data.synthetic.source import synthetic_fingerprint, synthetic_splits
 from kalmagrove.errors import KalmaGroveError
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -57,7 +59,8 @@ def iter_documents(source: str | None) -> Iterator[str]:
 
     Args:
         source: A file, a folder (all its usable files, sorted), a Hub data set with its config
-            (``wikitext:wikitext-103-raw-v1``), or None for the built-in corpus.
+            (``wikitext:wikitext-103-raw-v1``), a synthetic task (``synthetic:markov,states=64``), or None for the
+            built-in corpus.
 
     Yields:
         Documents that hold more than white space.
@@ -65,8 +68,8 @@ def iter_documents(source: str | None) -> Iterator[str]:
     Raises:
         KalmaGroveError: The source does not exist, cannot be read or holds no text.
     """
-    if source is not None and is_hub_name(source):
-        for documents in hub_splits(source).values():
+    if source is not None and (is_synthetic(source) or is_hub_name(source)):
+        for documents in (synthetic_splits(source) if is_synthetic(source) else hub_splits(source)).values():
             yield from documents
         return
     one_file = source is not None and _local_path(source).is_file()
@@ -140,11 +143,14 @@ def source_files(source: str | None) -> list[SourceFile]:
 
 
 def source_fingerprint(source: str | None) -> str:
-    """SHA-256 that changes when a source does: over the names, sizes and times of its files, or its Hub name.
+    """SHA-256 that changes when a source does: over the names, sizes and times of its files, its Hub name or options.
 
     Raises:
         KalmaGroveError: As for `source_files`.
+        UsageError: As for `open_synthetic`.
     """
+    if is_synthetic(source):
+        return synthetic_fingerprint(source)
     if source is not None and is_hub_name(source):
         return hashlib.sha256(f"hub:{source}".encode()).hexdigest()
     states = [(file.name, file.path.stat()) for file in source_files(source)]
@@ -153,13 +159,13 @@ def source_fingerprint(source: str | None) -> str:
 
 
 def content_fingerprint(source: str | None) -> str | None:
-    """SHA-256 over the names and bytes of a source's files, whatever their times; None for a Hub data set.
+    """SHA-256 over the names and bytes of a source's files, whatever their times; None where it has no files.
 
     Raises:
         KalmaGroveError: As for `source_files`.
         OSError: A file cannot be read.
     """
-    if source is not None and is_hub_name(source):
+    if source is not None and (is_synthetic(source) or is_hub_name(source)):
         return None
     whole = hashlib.sha256()
     for item in source_files(source):
@@ -171,7 +177,11 @@ def content_fingerprint(source: str | None) -> str | None:
 
 def is_hub_name(source: str) -> bool:
     """Whether a source names a Hub data set: nothing on disk has this name, and it looks like no path."""
-    if _local_path(source).exists() or Path(source).suffix.lower() in TEXT_SUFFIXES + COMPRESSION_SUFFIXES:
+    if (
+        is_synthetic(source)
+        or _local_path(source).exists()
+        or Path(source).suffix.lower() in TEXT_SUFFIXES + COMPRESSION_SUFFIXES
+    ):
         return False
     return _HUB_NAME.fullmatch(source) is not None and (":" in source or "/" in source)
 

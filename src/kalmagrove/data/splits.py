@@ -18,6 +18,8 @@ from kalmagrove.data.sources import (
     iter_file,
     source_files,
 )
+from kalmagrove.data.synthetic.options import is_synthetic
+from kalmagrove.data.synthetic.source import synthetic_splits
 from kalmagrove.errors import KalmaGroveError, UsageError
 
 SPLITS = ("train", "valid", "test")
@@ -59,9 +61,10 @@ def split_documents(
     """Stream the documents of a source with the split that each belongs to, always in the same order.
 
     A folder with files named train.*, valid.* (validation.*, val.*, dev.*) and test.*, also in numbered parts, comes
-    with splits, and so does a Hub data set that has them; these stay exactly as they are, and a split that is missing
-    there is taken out of train. Any other source is divided by a seeded hash of each document's content, after exact
-    duplicates are removed. A source of one or two documents is cut into blocks that are divided in their place.
+    with splits, and so do a synthetic task and a Hub data set that has them; these stay exactly as they are, and a
+    split that is missing there is taken out of train. Any other source is divided by a seeded hash of each document's
+    content, after exact duplicates are removed. A source of one or two documents is cut into blocks that are divided in
+    their place.
 
     Args:
         source: As for `iter_documents`.
@@ -104,6 +107,8 @@ def given_splits(source: str | None) -> dict[str, Iterator[str]]:
     Raises:
         KalmaGroveError: The source does not exist or cannot be opened.
     """
+    if is_synthetic(source):
+        return synthetic_splits(source)
     found: dict[str, list[Iterator[str]]] = {}
     if source is not None and is_hub_name(source):
         for name, documents in hub_splits(source).items():

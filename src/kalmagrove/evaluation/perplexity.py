@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class Scores:
         word_perplexity: exp of all nats over the whitespace-separated words; comparable across tokenisers.
         bits_per_byte: All bits over the UTF-8 bytes; comparable across tokenisers.
         tokens: Tokens that were scored: all but the first.
+        optimum: Nats a token of the best possible predictor on the same windows, where it is known: of synthetic tasks.
+        recall: Of the answers of a recall task, as `summarize_recall` says.
     """
 
     loss: float
@@ -32,10 +34,18 @@ class Scores:
     word_perplexity: float
     bits_per_byte: float
     tokens: int
+    optimum: float | None = None
+    recall: dict[str, Any] | None = None
 
-    def to_dict(self) -> dict[str, float]:
-        """For JSON."""
-        return asdict(self)
+    @property
+    def excess(self) -> float | None:
+        """Nats a token above the optimum; None where that is not known."""
+        return None if self.optimum is None else self.loss - self.optimum
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; what is not known is left out."""
+        values = asdict(self) | {"excess": self.excess}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def scores_from_nats(nats: float, *, tokens: int, words: int, text_bytes: int) -> Scores:
@@ -88,6 +98,24 @@ def score_tokens(
         model, windows, vocab_size=vocab_size, device=device, precision=precision, world=world
     )
     return scores_from_nats(nats, tokens=scored, words=words, text_bytes=text_bytes)
+
+
+def describe_optimum(scores: dict[str, Any]) -> list[str]:
+    """Lines about the optimum and the recalled answers, for a person; none where the optimum is not known.
+
+    Args:
+        scores: As of `Scores.to_dict`.
+    """
+    if "optimum" not in scores:
+        return []
+    lines = [f"optimum         {scores['optimum']:.4f} nats a token, the best possible; excess {scores['excess']:.4f}"]
+    if "recall" in scores:
+        recall = scores["recall"]
+        lines.append(f"answers         {recall['accuracy']:.1%} of {recall['answers']:,} right")
+        for name, title in (("by_distance_below", "tokens back <"), ("by_pairs_up_to", "pairs up to")):
+            shares = "  ".join(f"{bound}: {own['accuracy']:.1%}" for bound, own in recall[name].items())
+            lines.append(f"{title:<16}{shares}")
+    return lines
 
 
 def _exp(value: float) -> float:

@@ -6,6 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
+from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
 from kalmagrove.errors import UsageError
 from kalmagrove.models.choices import (
     Attention,
@@ -31,7 +32,8 @@ class DataConfig:
     """Which text, and how it becomes tokens.
 
     Attributes:
-        source: A file, a folder, or a Hub data set with its config (wikitext:wikitext-103-raw-v1). Left out: the
+        source: A file, a folder, a Hub data set with its config (wikitext:wikitext-103-raw-v1), or a synthetic task
+            whose best possible loss is known (synthetic:markov,states=64 or synthetic:recall,pairs=8). Left out: the
             built-in corpus, the source files of the running Python's standard library.
         vocab_size: Vocabulary of the byte-level BPE that is trained on the training split.
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
@@ -48,6 +50,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.tokenizer is None and self.vocab_size < 258:
             raise UsageError(f"data.vocab_size must be at least 258 (256 bytes and two more), got {self.vocab_size}")
+        if is_synthetic(self.source):
+            parse_synthetic(self.source)
 
 
 @dataclass(frozen=True)
