@@ -1,0 +1,68 @@
+"""What a run that adapts a model is configured by; no torch here, so that help is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kalmagrove.adaptors.naming import check_name
+from kalmagrove.errors import UsageError
+from kalmagrove.training.config import TrainConfig
+
+DEFAULT_RATES = {"gradient": 3e-3, "weights": 1e-2}
+"""Peak learning rates of the cores by their bases, whose lengths differ."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The frozen model that an adaptor is trained over.
+
+    Attributes:
+        source: A run folder, a model folder or a Hub name.
+        fingerprint: SHA-256 of its parameters, so that a run goes on over the same base only.
+    """
+
+    source: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class AdaptorOptions:
+    """The adaptor that is trained.
+
+    Attributes:
+        name: Letters, digits, dots, dashes and underscores.
+        rank: Directions of each layer; between the gradient's bases in the mean, more where the text pulls more.
+        core: "diagonal" learns a number for each direction, "dense" one for each pair of them.
+        bases: "gradient": the directions in which the text pulls at the frozen model, which the adaptor's file keeps;
+            "weights": the singular directions of the model's own matrices, which any copy of it knows.
+        gradient_tokens: Read before the training to find the gradient's directions.
+    """
+
+    name: str
+    rank: int = 32
+    core: Literal["diagonal", "dense"] = "diagonal"
+    bases: Literal["gradient", "weights"] = "gradient"
+    gradient_tokens: int = 65536
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        for name, choices in (("core", ("diagonal", "dense")), ("bases", ("gradient", "weights"))):
+            if getattr(self, name) not in choices:
+                raise UsageError(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("rank", "gradient_tokens"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class AdaptConfig(TrainConfig):
+    """Everything that the training of an adaptor depends on.
+
+    Attributes:
+        model: The base.
+        adaptor: What is trained over it.
+    """
+
+    model: BaseConfig = field(default_factory=lambda: BaseConfig("", ""))  # type: ignore[assignment]
+    adaptor: AdaptorOptions = field(default_factory=lambda: AdaptorOptions("adaptor"))
