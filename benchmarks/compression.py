@@ -1,0 +1,336 @@
+"""`kalmagrove compress` against other ways to make a dense model smaller: perplexity at equal size.
+
+    python benchmarks/compression.py --source runs/smollm2-135m --out runs/compression
+
+The rivals are written from their papers: truncated SVD; ASVD (Yuan et al., arXiv:2312.05821: columns scaled by the
+inputs' size); SVD-LLM (arXiv:2403.07378: whitened by the Cholesky factor of the inputs' second moment); Basis Sharing
+(arXiv:2410.03765: query, key, value, gate and up of two neighbouring layers over one whitened basis); and units of the
+feed-forward cut by what they send on, with the matrix behind them fitted anew by least squares. "svd-llm compact" is
+SVD-LLM with our storage of factors, which keeps a larger rank in the same number of parameters: what it lacks to ours
+is the choice of ranks and of directions. All see the same calibration windows; sizes count all parameters of the
+model, embeddings included. With --refit all are trained as long, by the same loss and optimiser.
+
+Every result is a file in --out; what is there is not computed again. The table is printed and written to table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kalmagrove.compression.build import compressed_model
+from kalmagrove.compression.calibration import CalibrationText, loss_of, read_calibration_text
+from kalmagrove.compression.compress import fit_layers
+from kalmagrove.compression.direct import fit_directly, put_in
+from kalmagrove.compression.measures import measure
+from kalmagrove.compression.model import dense_weight, has_bias
+from kalmagrove.compression.moment_store import MomentStore
+from kalmagrove.compression.options import CompressOptions
+from kalmagrove.compression.planning import make_plan
+from kalmagrove.compression.refit import parse_refit, refit
+from kalmagrove.compression.sites import Matrix, find_matrices
+from kalmagrove.compression.source import open_source
+from kalmagrove.compression.whitening import cholesky_root
+from kalmagrove.compression.work import WorkFolder
+from kalmagrove.files import write_json_atomic, write_text_atomic
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+TEXTS = {"wikitext": DATA / "wikitext" / "test.txt.xz", "textbooks": DATA / "textbooks" / "test.txt.xz"}
+SHARED_KINDS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+LAYERS_A_BASIS = 2
+
+Split = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From a matrix (out, in) and A to the full left and right factors, best directions first."""
+
+
+def plain_split(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """U Sigma and V^T of the matrix itself."""
+    u, s, v = torch.linalg.svd(weight, full_matrices=False)
+    return u * s, v
+
+
+def scaled_split(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """ASVD: of the matrix with its columns scaled by the size of their inputs to the power of a half."""
+    scale = inputs.diagonal().clamp_min(1e-12).sqrt().sqrt()
+    left, right = plain_split(weight * scale, inputs)
+    return left, right / scale
+
+
+def whitened_split(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """SVD-LLM: of W S with S S^T = A."""
+    root, inverse = cholesky_root(inputs)
+    left, right = plain_split(weight @ root, inputs)
+    return left, right @ inverse
+
+
+class TwoFactors(nn.Module):
+    """y = U V^T x + bias; several may hold the same V^T."""
+
+    def __init__(self, right: nn.Linear, left: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.right = right
+        self.left = linear_of(left)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.left(self.right(x))
+        return y if self.bias is None else y + self.bias
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    """A linear layer of a matrix (out, in)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().float().contiguous().clone())
+    return layer
+
+
+def put_factors(model: PreTrainedModel, matrix: Matrix, right: nn.Linear, left: Tensor) -> None:
+    """Replaces a linear layer."""
+    dense = model.get_submodule(matrix.name)
+    model.set_submodule(matrix.name, TwoFactors(right, left, dense.bias if has_bias(dense) else None))
+
+
+def low_rank(model: PreTrainedModel, matrices: list[Matrix], store: MomentStore, share: float, split: Split) -> None:
+    """Every matrix by itself, the same part of its parameters kept."""
+    for matrix in matrices:
+        weight = dense_weight(model.get_submodule(matrix.name)).double()
+        inputs = store.of_layers([matrix.layer], weight.device).inputs[matrix.site].double()
+        rank = max(1, int(share * weight.numel() / sum(weight.shape)))
+        left, right = split(weight, inputs)
+        put_factors(model, matrix, linear_of(right[:rank]), left[:, :rank])
+
+
+def compact_low_rank(model: PreTrainedModel, matrices: list[Matrix], store: MomentStore, share: float) -> None:
+    """SVD-LLM with r (out + in - r) numbers a matrix; they are counted so, and multiplied out here."""
+    for matrix in matrices:
+        weight = dense_weight(model.get_submodule(matrix.name))
+        inputs = store.of_layers([matrix.layer], weight.device).inputs[matrix.site].double()
+        both, budget = sum(weight.shape), share * weight.numel()
+        rank = max(1, int((both - math.sqrt(both**2 - 4 * budget)) / 2))
+        left, right = whitened_split(weight.double(), inputs)
+        with torch.no_grad():
+            weight.copy_(left[:, :rank] @ right[:rank])
+
+
+def basis_sharing(model: PreTrainedModel, matrices: list[Matrix], store: MomentStore, share: float) -> None:
+    """Neighbouring layers' matrices of one kind over one basis; those that write are split by themselves."""
+    groups: dict[tuple[str, int], list[Matrix]] = {}
+    for number, matrix in enumerate(matrices):
+        alone = matrix.kind not in SHARED_KINDS
+        groups.setdefault((matrix.kind, -number if alone else matrix.layer // LAYERS_A_BASIS), []).append(matrix)
+    for members in groups.values():
+        moments = store.of_layers([matrix.layer for matrix in members], torch.device("cpu"))
+        inputs = torch.stack([moments.inputs[matrix.site].double() for matrix in members]).mean(dim=0)
+        weights = [dense_weight(model.get_submodule(matrix.name)).double() for matrix in members]
+        stacked = torch.cat(weights)
+        left, right = whitened_split(stacked, inputs)
+        rank = max(1, int(share * stacked.numel() / sum(stacked.shape)))
+        shared = linear_of(right[:rank])
+        for matrix, own in zip(members, left[:, :rank].split([len(weight) for weight in weights]), strict=True):
+            put_factors(model, matrix, shared, own)
+
+
+def cut_units(model: PreTrainedModel, matrices: list[Matrix], store: MomentStore, share: float) -> None:
+    """Units of the feed-forward with the least power sent on, all other matrices staying."""
+    total = sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    inner = [matrix for matrix in matrices if matrix.kind in ("gate_proj", "up_proj", "down_proj")]
+    size = sum(matrix.in_features * matrix.out_features for matrix in inner)
+    kept_share = max(0.02, 1 - (1 - share) * total / size)
+    for down in (matrix for matrix in inner if matrix.kind == "down_proj"):
+        inputs = store.of_layers([down.layer], torch.device("cpu")).inputs[down.site].double()
+        weight = dense_weight(model.get_submodule(down.name)).double()
+        power = inputs.diagonal() * weight.square().sum(dim=0)
+        kept = power.topk(int(kept_share * len(power))).indices.sort().values
+        _, inverse = cholesky_root(inputs[kept][:, kept])
+        fitted = weight @ inputs[:, kept] @ inverse.T @ inverse
+        model.set_submodule(down.name, linear_of(fitted))
+        for matrix in (m for m in inner if m.layer == down.layer and m is not down):
+            rows = dense_weight(model.get_submodule(matrix.name))[kept]
+            model.set_submodule(matrix.name, linear_of(rows))
+
+
+RIVALS: dict[str, Callable[[PreTrainedModel, list[Matrix], MomentStore, float], None]] = {
+    "svd": lambda *a: low_rank(*a, plain_split),
+    "asvd": lambda *a: low_rank(*a, scaled_split),
+    "svd-llm": lambda *a: low_rank(*a, whitened_split),
+    "svd-llm compact": compact_low_rank,
+    "basis sharing": basis_sharing,
+    "cut units": cut_units,
+}
+NO_REFIT = ("svd-llm compact",)
+"""Only multiplied out here: a refit would train more numbers than are counted."""
+
+
+def ours(
+    dense: PreTrainedModel,
+    matrices: list[Matrix],
+    store: MomentStore,
+    text: CalibrationText,
+    keep: float,
+    precision: str,
+) -> PreTrainedModel:
+    """As the command does it."""
+    device = next(dense.parameters()).device
+    options = CompressOptions(source="", out=Path("unused"), keep=keep)
+    choices = make_plan(options, dense, store, text, precision, lambda stage, done: None)
+    direct = fit_directly(dense, matrices, choices, lambda layers: store.of_layers(layers, device))
+    following = fit_layers(dense, matrices, choices, store, text.train, precision, lambda stage, done: None)
+    followed = loss_of(dense, text.valid, precision)
+    put_in(dense, matrices, direct)
+    better = direct if loss_of(dense, text.valid, precision) <= followed else following
+    return compressed_model(dense, matrices, choices, better)
+
+
+def parsed() -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--source", required=True, help="a Llama-style folder")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--methods", nargs="+", default=[*RIVALS, "kalmagrove"])
+    parser.add_argument("--calibration_tokens", type=int, default=65536, help="half of each text's train split")
+    parser.add_argument("--context_length", type=int, default=1024)
+    parser.add_argument("--test_tokens", type=int, default=10**9, help="most of each test text")
+    parser.add_argument("--refit", default=None, help="the same for all: 10m or tokens")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--precision", default="bf16")
+    return parser.parse_args()
+
+
+def read_texts(options: argparse.Namespace, vocab_size: int) -> tuple[CalibrationText, dict[str, Tensor]]:
+    """Calibration from both train splits, and the windows of both test splits."""
+    common = {"context_length": options.context_length, "vocab_size": vocab_size}
+    halves = [
+        read_calibration_text(
+            str(path.with_name("train.txt.xz")), options.source, tokens=options.calibration_tokens // 2, **common
+        )
+        for path in TEXTS.values()
+    ]
+    tests = {}
+    for name, path in TEXTS.items():
+        # An eighth more is read for a check; the test uses all of it.
+        tokens = min(options.test_tokens, int(_count_tokens(path, options.source) / 1.13))
+        both = read_calibration_text(str(path), options.source, tokens=tokens, **common)
+        tests[name] = torch.cat((both.train, both.valid))
+    return CalibrationText(*(torch.cat([getattr(h, part) for h in halves]) for part in ("train", "valid"))), tests
+
+
+def _count_tokens(path: Path, source: str) -> int:
+    from kalmagrove.data.sources import iter_documents
+    from kalmagrove.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    return sum(len(tokenizer.encode(document, add_special_tokens=False).ids) for document in iter_documents(str(path)))
+
+
+def main() -> None:
+    """Runs what is not there yet and writes the table."""
+    options = parsed()
+    options.out.mkdir(parents=True, exist_ok=True)
+    dense = open_source(options.source).model
+    matrices = find_matrices(dense)
+    text, tests = read_texts(options, int(dense.config.vocab_size))
+    identity = {"tokens": options.calibration_tokens, "context": options.context_length, "source": options.source}
+    store = MomentStore(WorkFolder(options.out / "moments", identity), matrices)
+    dense.requires_grad_(False)
+    store.gather(dense, text.train, seed=0, precision=options.precision, progress=lambda: None)
+    score_once(options, "dense", 1.0, lambda: dense, text, tests)
+    total = sum(parameter.numel() for parameter in dense.parameters())
+    body = sum(matrix.in_features * matrix.out_features for matrix in matrices)
+    for keep in options.keep:
+        for method in options.methods:
+
+            def build(method: str = method, keep: float = keep) -> PreTrainedModel:
+                model = copy.deepcopy(dense)
+                if method == "kalmagrove":
+                    own = MomentStore(WorkFolder(options.out / f"work-{keep:g}", identity), matrices)
+                    for layer in store.layers:
+                        link = own.work.path / f"moments-{layer}.safetensors"
+                        if not link.exists():
+                            link.symlink_to((store.work.path / link.name).resolve())
+                    return ours(model, matrices, own, text, keep, options.precision)
+                RIVALS[method](model, matrices, store, (keep * total - (total - body)) / body)
+                return model
+
+            score_once(options, method, keep, build, text, tests)
+    table = markdown(options)
+    write_text_atomic(options.out / "table.md", table)
+    print(table)
+
+
+def score_once(
+    options: argparse.Namespace,
+    method: str,
+    keep: float,
+    build: Callable[[], PreTrainedModel],
+    text: CalibrationText,
+    tests: dict[str, Tensor],
+) -> None:
+    """Builds, scores and perhaps refits one model, and keeps the numbers."""
+    plain = options.out / f"{method.replace(' ', '-')}-{keep:g}.json"
+    refitted = plain.with_name(f"{plain.stem}-refit-{options.refit}.json")
+    wanted = options.refit is not None and method not in ("dense", *NO_REFIT)
+    if plain.exists() and (not wanted or refitted.exists()):
+        return
+    began = time.monotonic()
+    model = build().eval()
+    seconds = time.monotonic() - began
+    if not plain.exists():
+        write_json_atomic(plain, scores(model, options, text, tests) | {"seconds": seconds})
+        print(plain.stem, plain.read_text().replace("\n", " "), flush=True)
+    if wanted and not refitted.exists():
+        teacher = open_source(options.source).model.requires_grad_(False)
+        result = refit(
+            model, teacher, text.train, text.valid, parse_refit(options.refit),
+            batch_size=options.batch_size, seed=0, precision=options.precision,
+        )  # fmt: skip
+        write_json_atomic(refitted, scores(model, options, text, tests) | {"refit_tokens": result.tokens})
+        print(refitted.stem, refitted.read_text().replace("\n", " "), flush=True)
+
+
+def scores(
+    model: PreTrainedModel, options: argparse.Namespace, text: CalibrationText, tests: dict[str, Tensor]
+) -> dict[str, float]:
+    """Perplexities, and what the model costs."""
+    found = measure(model, text.valid, dtype=torch.float32, precision=options.precision)
+    perplexities = {
+        name: math.exp(min(700.0, loss_of(model, windows, options.precision))) for name, windows in tests.items()
+    }
+    return perplexities | {"parameters": found.parameters, "tokens_per_second": found.tokens_per_second}
+
+
+def markdown(options: argparse.Namespace) -> str:
+    """One row a method, one column a size and text."""
+    columns = [(keep, name) for keep in options.keep for name in TEXTS]
+    heads = [f"{1 - keep:.0%} {name}" for keep, name in columns] + ["tokens/s at " + f"{1 - options.keep[0]:.0%}"]
+    lines = ["| removed |" + "|".join(f" {head} " for head in heads) + "|", "|:--|" + "--:|" * len(heads)]
+    dense = json.loads((options.out / "dense-1.json").read_text())
+    lines.append(
+        "| dense |"
+        + "|".join(f" {dense[name]:,.2f} " for _, name in columns)
+        + f"| {dense['tokens_per_second']:,.0f} |"
+    )
+    for ending in ("", *([f"-refit-{options.refit}"] if options.refit else [])):
+        for method in options.methods:
+            stem = method.replace(" ", "-")
+            paths = {keep: options.out / f"{stem}-{keep:g}{ending}.json" for keep in options.keep}
+            if not all(path.exists() for path in paths.values()):
+                continue
+            found = {keep: json.loads(path.read_text()) for keep, path in paths.items()}
+            cells = [f" {found[keep][name]:,.2f} " for keep, name in columns]
+            speed = "-" if method in NO_REFIT else f"{found[options.keep[0]]['tokens_per_second']:,.0f}"
+            lines.append(f"| {method}{' + refit' if ending else ''} |" + "|".join(cells) + f"| {speed} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""A compressed model from a dense one and its factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from kalmagrove.compression.config import CompressedConfig
+from kalmagrove.compression.layers import CompactBasis, CompactLinear
+from kalmagrove.compression.layerwise import Factors
+from kalmagrove.compression.model import CompressedForCausalLM, dense_weight, has_bias
+from kalmagrove.compression.plan import Choice
+from kalmagrove.compression.sites import Matrix
+
+
+def compressed_config(
+    dense: PreTrainedModel, matrices: Sequence[Matrix], choices: Sequence[Choice]
+) -> CompressedConfig:
+    """The configuration of a dense model whose matrices take the chosen ranks."""
+    bases: dict[str, list[int]] = {}
+    readers: dict[str, str] = {}
+    for choice in choices:
+        if choice.is_dense:
+            continue
+        # The name of the first matrix that reads it; module names hold no dots.
+        name = matrices[choice.group.members[0]].name.replace(".", "-")
+        bases[name] = [choice.rank, choice.group.in_features]
+        readers |= {matrices[number].name: name for number in choice.group.members}
+    return CompressedConfig(text_config=copy.deepcopy(dense.config), bases=bases, factors=readers)
+
+
+@torch.no_grad()
+def compressed_model(
+    dense: PreTrainedModel, matrices: Sequence[Matrix], choices: Sequence[Choice], factors: Mapping[int, Factors]
+) -> CompressedForCausalLM:
+    """The dense model with factors in the place of its matrices; it is taken over, not copied.
+
+    Args:
+        dense: In its original or in its changed weights; what stays dense is taken from the factors.
+        matrices: All of them.
+        choices: Of all groups.
+        factors: Of every matrix, by its number.
+    """
+    config = compressed_config(dense, matrices, choices)
+    bases = nn.ModuleDict()
+    for number, own in factors.items():
+        matrix = matrices[number]
+        layer = dense.get_submodule(matrix.name)
+        if own.basis is None:
+            dense_weight(layer).copy_(own.reader)
+            continue
+        name = config.factors[matrix.name]
+        if name not in bases:
+            basis = CompactBasis(own.basis.rank, matrix.in_features)
+            basis.order.copy_(own.basis.order)
+            basis.rest.copy_(own.basis.rest)
+            bases[name] = basis
+        shared = bases[name]
+        assert isinstance(shared, CompactBasis)
+        with torch.random.fork_rng(devices=[]):
+            factored = CompactLinear(matrix.in_features, matrix.out_features, shared, bias=has_bias(layer))
+        factored.left.copy_(own.reader)
+        if factored.bias is not None:
+            factored.bias.copy_(layer.bias)
+        dense.set_submodule(matrix.name, factored)
+    with torch.device("meta"):
+        model = CompressedForCausalLM(config)
+    model.decoder, model.bases = dense, bases.to(next(dense.parameters()).device)
+    model.generation_config = copy.deepcopy(dense.generation_config)
+    return model.eval()

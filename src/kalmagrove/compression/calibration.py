@@ -1,0 +1,90 @@
+"""The text that a model is watched on while it is compressed, and a part of it that only measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kalmagrove.data.sources import iter_documents
+from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.models.scoring import nats_of_windows
+
+FEWEST_WINDOWS = 4
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """Windows of tokens, each one more than the model reads at a time.
+
+    Attributes:
+        train: (windows, context + 1), what statistics and refits see.
+        valid: (windows, context + 1), from further on in the text; it only measures.
+    """
+
+    train: Tensor
+    valid: Tensor
+
+
+def read_calibration_text(
+    data: str | None, tokenizer_folder: str, *, tokens: int, context_length: int, vocab_size: int
+) -> CalibrationText:
+    """The first ``tokens`` of a text, and an eighth as many that follow them; no more of it is read.
+
+    Args:
+        data: A text as for training; None is the built-in corpus.
+        tokenizer_folder: Of the model.
+        tokens: That statistics and refits see.
+        context_length: Tokens of a window.
+        vocab_size: Of the model.
+
+    Raises:
+        KalmaGroveError: The text is too short, or has tokens that the model does not know.
+        UsageError: ``tokens`` are too few for the context.
+    """
+    windows = tokens // context_length
+    if windows < FEWEST_WINDOWS:
+        raise UsageError(
+            f"--calibration_tokens {tokens:,} are fewer than {FEWEST_WINDOWS} windows of {context_length} tokens; give "
+            f"at least {FEWEST_WINDOWS * context_length:,}, or a smaller --context_length"
+        )
+    held_out = max(1, windows // 8)
+    needed = (windows + held_out) * context_length + 1
+    stream = _first_tokens(data, tokenizer_folder, needed)
+    if len(stream) < needed:
+        raise KalmaGroveError(
+            f"{data or 'the built-in corpus'} holds only {len(stream):,} tokens; {needed:,} are needed for calibration "
+            "and its check: give a longer --data or fewer --calibration_tokens"
+        )
+    if int(stream.max()) >= vocab_size:
+        raise KalmaGroveError(f"the tokeniser of {tokenizer_folder} has tokens that its model does not know")
+    starts = np.arange(windows + held_out)[:, None] * context_length + np.arange(context_length + 1)
+    rows = torch.from_numpy(stream[starts])
+    return CalibrationText(rows[:windows], rows[windows:])
+
+
+def _first_tokens(data: str | None, tokenizer_folder: str, count: int) -> np.ndarray:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    separator = end_of_text_id(tokenizer)
+    ids: list[int] = []
+    for document in iter_documents(data):
+        ids += [*tokenizer.encode(document, add_special_tokens=False).ids, separator]
+        if len(ids) >= count:
+            break
+    return np.asarray(ids[:count], dtype=np.int64)
+
+
+def loss_of(model: nn.Module, windows: Tensor, precision: str) -> float:
+    """Mean nats a token of windows (windows, context + 1)."""
+    length = windows.shape[1] - 1
+    nats, scored = nats_of_windows(
+        model,
+        ((row.numpy(), length) for row in windows),
+        vocab_size=int(model.config.vocab_size),  # type: ignore[union-attr, arg-type]
+        device=next(model.parameters()).device,
+        precision="bf16" if precision == "bf16" else "fp32",
+    )
+    return nats / scored

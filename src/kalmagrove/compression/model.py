@@ -1,0 +1,121 @@
+"""A dense model of any architecture of transformers, some of whose linear layers are factors over shared bases."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from kalmagrove.compression.config import CompressedConfig
+from kalmagrove.compression.layers import CompactBasis, CompactLinear
+from kalmagrove.nn.grove import composed_weights
+
+
+class CompressedForCausalLM(PreTrainedModel, GenerationMixin):
+    """The dense model ``decoder`` with its own forward, cache and generation, and its matrices' shared bases.
+
+    Keeping the source's architecture keeps all of it exact: grouped queries, biases, norms of heads, scaled rotary
+    positions, sliding windows.
+    """
+
+    config_class = CompressedConfig
+    base_model_prefix = "decoder"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: CompressedConfig) -> None:
+        super().__init__(config)
+        self.decoder = new_model(config.text_config)
+        self.bases = nn.ModuleDict({name: CompactBasis(*sizes) for name, sizes in config.bases.items()})
+        for name, basis_name in config.factors.items():
+            basis = self.bases[basis_name]
+            assert isinstance(basis, CompactBasis)
+            dense = self.decoder.get_submodule(name)
+            in_features, out_features = matrix_sizes(dense)
+            layer = CompactLinear(in_features, out_features, basis, bias=has_bias(dense))
+            self.decoder.set_submodule(name, layer)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, CompactBasis | CompactLinear):
+            module.reset_parameters()
+        else:
+            self.decoder._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.decoder.get_output_embeddings()
+
+    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        """As the dense model's."""
+        return self.decoder(input_ids=input_ids, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense model's."""
+        self.decoder.generation_config = self.generation_config
+        with composed_weights(self):
+            return self.decoder.generate(*args, **kwargs)
+
+
+def new_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A causal language model of any architecture, with new weights."""
+    # Imported here: the end of the module's own import registers this one.
+    from transformers import AutoModelForCausalLM
+
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def matrix_sizes(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer, also of GPT-2's transposed one."""
+    if isinstance(layer, Conv1D):
+        return int(layer.nx), int(layer.nf)
+    assert isinstance(layer, nn.Linear)
+    return layer.in_features, layer.out_features
+
+
+def has_bias(layer: nn.Module) -> bool:
+    """Whether a linear layer adds a bias."""
+    return getattr(layer, "bias", None) is not None
+
+
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The matrix (out_features, in_features) of a linear layer, of GPT-2's too."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+@torch.no_grad()
+def to_dense(model: CompressedForCausalLM) -> PreTrainedModel:
+    """The same function in the source's own architecture, the factors multiplied out.
+
+    The active adaptor is merged too; the given model stays as it is.
+    """
+    factors = model.config.factors
+    weights = {
+        name: tensor.clone()
+        for name, tensor in model.decoder.state_dict().items()
+        if not name.startswith(tuple(f"{layer}." for layer in factors))
+    }
+    reference = next(model.parameters())
+    with torch.random.fork_rng(devices=[]):
+        dense = new_model(copy.deepcopy(model.config.text_config))
+    for name in factors:
+        layer = model.decoder.get_submodule(name)
+        assert isinstance(layer, CompactLinear)
+        weight = layer.merged_weight()
+        is_transposed = isinstance(dense.get_submodule(name), Conv1D)
+        weights[f"{name}.weight"] = (weight.T if is_transposed else weight).contiguous()
+        if layer.bias is not None:
+            weights[f"{name}.bias"] = layer.bias.clone()
+    dense = dense.to(device=reference.device, dtype=reference.dtype)
+    dense.load_state_dict(weights, strict=True)
+    dense.generation_config = copy.deepcopy(model.generation_config)
+    return dense.train(model.training)

@@ -1,0 +1,179 @@
+"""Which matrices share a basis, and of what rank, so that a number of parameters costs the least loss.
+
+The losses of :mod:`kalmagrove.compression.factorise` are nats a token for every basis, so all ranks stand on
+one scale: with a price of one parameter, each basis takes the rank at which loss + price x parameters is least, and
+the price is found by bisection. At full rank a matrix stays dense.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from kalmagrove.compression.sites import Matrix
+from kalmagrove.errors import UsageError
+
+WRITING = ("o_proj", "down_proj", "c_proj")
+"""Their inputs are a layer's own heads and units, which mean nothing to other layers: they share no basis."""
+BISECTIONS = 100
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that share a basis.
+
+    Attributes:
+        members: Their numbers in the list of all matrices, rising.
+        in_features: Width of the basis.
+        out_features: Of all matrices that read it together.
+        losses: Nats a token that ranks 0 ... in_features cost.
+    """
+
+    members: tuple[int, ...]
+    in_features: int
+    out_features: int
+    losses: Tensor
+
+    @property
+    def full_rank(self) -> int:
+        """From which rank on a dense matrix is as small."""
+        return min(self.in_features, self.out_features)
+
+    def parameters(self, rank: int) -> int:
+        """Of the basis and all its readers."""
+        if rank >= self.full_rank:
+            return self.in_features * self.out_features
+        return rank * (self.in_features + self.out_features - rank)
+
+    def best_rank(self, price: float) -> tuple[int, float]:
+        """The rank, from 1, of the least loss + price x parameters, and that sum."""
+        ranks = torch.arange(1, self.full_rank + 1, dtype=torch.float64)
+        losses = self.losses[1 : self.full_rank + 1].clone()
+        losses[-1] = 0
+        sums = losses + price * ranks * (self.in_features + self.out_features - ranks)
+        best = int(sums.argmin())
+        return best + 1, float(sums[best])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group and its rank; at full rank its matrices stay dense."""
+
+    group: Group
+    rank: int
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether nothing is factorised."""
+        return self.rank >= self.group.full_rank
+
+    @property
+    def parameters(self) -> int:
+        """Of the basis and all its readers."""
+        return self.group.parameters(self.rank)
+
+
+def choose_ranks(groups: Sequence[Group], budget: int) -> tuple[list[Choice], float]:
+    """Ranks whose parameters together are as many as the budget allows, and the price of a parameter.
+
+    Args:
+        groups: All of them.
+        budget: Parameters of all bases and readers.
+
+    Raises:
+        UsageError: Even rank 1 everywhere is more.
+    """
+    least = sum(group.parameters(1) for group in groups)
+    if budget < least:
+        raise UsageError(f"rank 1 everywhere has {least:,} parameters, the budget is {budget:,}; keep more")
+    low, high = 1e-18, 1e6
+    for _ in range(BISECTIONS):
+        price = (low * high) ** 0.5
+        if sum(choice.parameters for choice in _at_price(groups, price)) > budget:
+            low = price
+        else:
+            high = price
+    return _spend_rest(_at_price(groups, high), budget), high
+
+
+def merge_groups(
+    groups: Sequence[Group],
+    matrices: Sequence[Matrix],
+    price: float,
+    losses_of: Callable[[tuple[int, ...]], Tensor],
+    progress: Callable[[], None] = lambda: None,
+) -> list[Group]:
+    """Lets groups share a basis as long as that lowers loss + price x parameters.
+
+    Candidates are groups that read one tensor, and groups of the same kinds of matrices in neighbouring layers. The
+    pair that gains most goes first (agglomerative clustering).
+
+    Args:
+        groups: Single matrices.
+        matrices: All of them.
+        price: Nats of a parameter.
+        losses_of: Losses of ranks 0 ... in_features of members that share a basis.
+        progress: Called after each look at a pair.
+    """
+    merged = list(groups)
+    gains: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, Group]] = {}
+    while True:
+        best: tuple[float, Group, Group, Group] | None = None
+        for first, second in candidates(merged, matrices):
+            key = first.members, second.members
+            if key not in gains:
+                both = tuple(sorted(first.members + second.members))
+                union = Group(both, first.in_features, first.out_features + second.out_features, losses_of(both))
+                apart = first.best_rank(price)[1] + second.best_rank(price)[1]
+                gains[key] = apart - union.best_rank(price)[1], union
+                progress()
+            gain, union = gains[key]
+            if gain > 0 and (best is None or gain > best[0]):
+                best = gain, first, second, union
+        if best is None:
+            return merged
+        _, first, second, union = best
+        merged = [union if group is first else group for group in merged if group is not second]
+
+
+def candidates(groups: Sequence[Group], matrices: Sequence[Matrix]) -> Iterator[tuple[Group, Group]]:
+    """Pairs of groups that may share a basis: of one site, or of the same kinds in layers that follow each other."""
+    for first, second in combinations(groups, 2):
+        one, other = ([matrices[number] for number in group.members] for group in (first, second))
+        sites = {matrix.site for matrix in (*one, *other)}
+        if len(sites) == 1:
+            yield first, second
+            continue
+        kinds = {matrix.kind for matrix in one}
+        if kinds != {matrix.kind for matrix in other} or not kinds.isdisjoint(WRITING):
+            continue
+        layers, following = {matrix.layer for matrix in one}, {matrix.layer for matrix in other}
+        if max(layers) + 1 == min(following) or max(following) + 1 == min(layers):
+            yield first, second
+
+
+def _at_price(groups: Sequence[Group], price: float) -> list[Choice]:
+    return [Choice(group, group.best_rank(price)[0]) for group in groups]
+
+
+def _spend_rest(choices: list[Choice], budget: int) -> list[Choice]:
+    """Ranks one higher, the most loss for a parameter first, as long as the budget lasts."""
+    left = budget - sum(choice.parameters for choice in choices)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for place, choice in enumerate(choices):
+            if choice.is_dense:
+                continue
+            cost = choice.group.parameters(choice.rank + 1) - choice.parameters
+            gain = float(choice.group.losses[choice.rank] - choice.group.losses[choice.rank + 1])
+            if cost <= left and (best is None or gain / max(1, cost) > best[0]):
+                best = gain / max(1, cost), place, cost
+        if best is None:
+            return choices
+        _, place, cost = best
+        choices[place] = Choice(choices[place].group, choices[place].rank + 1)
+        left -= cost

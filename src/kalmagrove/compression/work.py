@@ -1,0 +1,107 @@
+"""The work folder beside the output: what is done already, so that a compression that was cut off goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.files import fsync_file, remove, remove_abandoned, temporary_name, write_json_atomic
+
+
+class WorkFolder:
+    """Named tensors and documents, each of them whole or not there.
+
+    Args:
+        path: The folder; it is made where it is not there.
+        identity: What the work depends on; a folder with another one is refused.
+
+    Raises:
+        UsageError: The folder is of another compression.
+        OSError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        known = self.read_json("identity")
+        if known is None:
+            write_json_atomic(path / "identity.json", dict(identity))
+        elif known != json.loads(json.dumps(identity)):
+            differing = sorted(key for key in {*known, *identity} if known.get(key) != identity.get(key))
+            raise UsageError(
+                f"{path} holds an unfinished compression with other options ({', '.join(differing)}); give the same "
+                "ones to go on, or remove the folder to begin anew"
+            )
+
+    def read_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors of a name, or None where they are not done.
+
+        Raises:
+            KalmaGroveError: The file is damaged.
+        """
+        path = self.path / f"{name}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise KalmaGroveError(f"{path} is damaged ({error}); remove it to compute it again") from error
+
+    def write_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keeps tensors under a name, whole on the disk when this returns.
+
+        Raises:
+            OSError: They could not be written; nothing of that name is there.
+        """
+        path = self.path / f"{name}.safetensors"
+        remove_abandoned(path)
+        temporary = temporary_name(path)
+        try:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
+            fsync_file(temporary)
+            os.replace(temporary, path)
+        except SafetensorError as error:
+            # The library hides the error number of a full disk in its own exception.
+            raise OSError(f"{path} could not be written: {error}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read_json(self, name: str) -> Any:
+        """The document of a name, or None where it is not done.
+
+        Raises:
+            KalmaGroveError: The file is damaged.
+        """
+        path = self.path / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise KalmaGroveError(f"{path} is damaged; remove it to compute it again") from error
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Keeps a document under a name."""
+        write_json_atomic(self.path / f"{name}.json", value)
+
+    def remove(self) -> None:
+        """Removes the folder and all that was done."""
+        remove(self.path)
+
+
+def fingerprint_of(files: list[Path]) -> str:
+    """SHA-256 over the content of files, in the order of their names."""
+    total = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()

@@ -1,0 +1,228 @@
+"""A whole compression of a trained model: budgets, resuming, refitting, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from kalmagrove.compression.compress import CompressResult, compress
+from kalmagrove.compression.options import CompressOptions
+from kalmagrove.compression.refit import RefitLength, parse_refit
+from kalmagrove.compression.source import open_source
+from kalmagrove.errors import KalmaGroveError, UsageError
+
+
+@pytest.fixture
+def options(llama_folder: Path, text_file: Path, tmp_path: Path) -> CompressOptions:
+    return CompressOptions(
+        source=str(llama_folder), out=tmp_path / "small", keep=0.7, data=str(text_file), calibration_tokens=1024,
+        context_length=32, device="cpu", precision="fp32",
+    )  # fmt: skip
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 41)[None]).logits
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_everything_kept_is_the_same_model(options: CompressOptions, llama_folder: Path) -> None:
+    result = compress(replace(options, keep=1.0))
+    assert torch.equal(logits(options.out), logits(llama_folder))
+    assert result.factorised == 0 and result.before.parameters == result.after.parameters
+
+
+@pytest.mark.parametrize("keep", [0.85, 0.6])
+def test_the_whole_model_has_the_size_that_was_asked_for(keep: float, options: CompressOptions) -> None:
+    result = compress(replace(options, keep=keep))
+    assert keep - 0.005 < result.after.parameters / result.before.parameters <= keep
+    stored = load_file(options.out / "model.safetensors")
+    floats = sum(tensor.numel() for tensor in stored.values() if tensor.is_floating_point())
+    assert floats == result.after.parameters
+    assert result.after.flops_per_token < result.before.flops_per_token
+    assert result.after.perplexity > 1
+    assert json.loads((options.out / "compression.json").read_text())["after"]["parameters"] == floats
+    assert not options.out.with_name("small.work").exists()
+
+
+def test_what_the_loss_feels_matters_more_than_chance(options: CompressOptions) -> None:
+    """The planned ranks lose less than the same rank everywhere, at no more parameters."""
+    same = compress(replace(options, keep=None, rank=14))
+    keep = same.after.parameters / same.before.parameters
+    planned = compress(replace(options, out=options.out.with_name("planned"), keep=keep))
+    assert planned.after.parameters <= same.after.parameters
+    assert planned.after.perplexity < same.after.perplexity
+
+
+class Cut(Exception):
+    """Ends a compression in the middle."""
+
+
+@pytest.mark.parametrize("stage", ["watching the dense model", "factorising layers"])
+def test_a_compression_that_was_cut_off_goes_on_to_the_same_bytes(stage: str, options: CompressOptions) -> None:
+    compress(options)
+    unbroken = replace(options, out=options.out.with_name("again"))
+
+    def cut(now: str, done: float) -> None:
+        if now == stage and done > 0.5:
+            raise Cut
+
+    with pytest.raises(Cut):
+        compress(unbroken, cut)
+    work = unbroken.out.with_name("again.work")
+    assert not unbroken.out.exists() and work.is_dir()
+    kept = sorted(path.name for path in work.iterdir())
+    with pytest.raises(UsageError, match=r"unfinished compression with other options \(keep\)"):
+        compress(replace(unbroken, keep=0.5))
+    seen: list[tuple[str, float]] = []
+    compress(unbroken, lambda now, done: seen.append((now, done)))
+    assert digest(unbroken.out) == digest(options.out)
+    assert not work.exists()
+    if stage == "factorising layers":
+        assert {"moments-0.safetensors", "plan.json", "factors-0.safetensors"} <= set(kept)
+        assert not any(now == "planning ranks" for now, _ in seen)
+
+
+def test_the_dense_folder_is_a_stock_model_with_the_same_logits(options: CompressOptions, tmp_path: Path) -> None:
+    compress(replace(options, dense_out=tmp_path / "dense"))
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")) is LlamaForCausalLM
+    assert json.loads((tmp_path / "dense" / "config.json").read_text())["model_type"] == "llama"
+    assert torch.allclose(logits(tmp_path / "dense"), logits(options.out), atol=1e-4)
+    assert (tmp_path / "dense" / "tokenizer.json").is_file()
+    # What was compressed can be compressed again, as can the dense folder: both are the same function.
+    again = compress(replace(options, source=str(options.out), out=tmp_path / "again", keep=1.0))
+    assert again.before.perplexity == pytest.approx(again.after.perplexity, rel=1e-4)
+
+
+def test_a_refit_lowers_the_loss_and_is_never_worse(options: CompressOptions) -> None:
+    plain = compress(replace(options, keep=0.5))
+    result = compress(replace(options, keep=0.5, out=options.out.with_name("refitted"), refit="6000"))
+    assert result.refit is not None and 6000 <= result.refit.tokens < 6200
+    assert result.refit.loss_after <= result.refit.loss_before
+    assert result.after.perplexity < plain.after.perplexity
+    assert result.after.parameters == plain.after.parameters
+
+
+def test_a_refit_that_only_harms_is_not_kept(options: CompressOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kalmagrove.compression.refit.LEARNING_RATE", 0.3)
+    compress(options)
+    result = compress(replace(options, out=options.out.with_name("refitted"), refit="2000"))
+    assert result.refit is not None and result.refit.loss_after == result.refit.loss_before
+    assert digest(options.out.with_name("refitted")) == digest(options.out)
+
+
+def test_a_perplexity_is_reached_with_fewer_parameters(options: CompressOptions) -> None:
+    dense = compress(replace(options, keep=1.0)).before.perplexity
+    target = 1.2 * dense
+    result = compress(replace(options, out=options.out.with_name("target"), keep=None, target_ppl=target))
+    assert result.after.perplexity <= target
+    assert result.after.parameters < 0.95 * result.before.parameters
+    with pytest.raises(UsageError, match="below the dense model's own"):
+        compress(replace(options, out=options.out.with_name("none"), keep=None, target_ppl=0.9 * dense))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep": 0.0}, "--keep must be above 0 and at most 1, got 0"),
+        ({"keep": 1.5}, "--keep must be above 0 and at most 1"),
+        ({"keep": None}, "give one of --keep, --rank and --target_ppl"),
+        ({"rank": 3}, "not keep and rank"),
+        ({"keep": 0.05}, "out of reach: embeddings, head, norms and rank 1 everywhere are"),
+        ({"calibration_tokens": 64}, "fewer than 4 windows of 32 tokens"),
+        ({"calibration_tokens": 10**6}, r"holds only [\d,]+ tokens; [\d,]+ are needed"),
+        ({"context_length": 65}, "longer than the model's context, 64"),
+        ({"refit": "soon"}, "neither a duration"),
+        ({"source": "nowhere"}, "is not a folder"),
+        ({"source": "nowhere.gguf"}, r"nowhere\.gguf"),
+        ({"device": "tpu"}, "unknown device"),
+    ],
+)
+def test_what_cannot_be_done_is_one_clear_error_and_leaves_nothing(
+    changes: dict[str, Any], message: str, options: CompressOptions
+) -> None:
+    with pytest.raises(KalmaGroveError, match=message):
+        compress(replace(options, **changes))
+    assert not options.out.exists() and not options.out.with_name("small.work").exists()
+
+
+def test_an_output_that_exists_is_not_touched(options: CompressOptions) -> None:
+    options.out.mkdir()
+    (options.out / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        compress(options)
+    assert [path.name for path in options.out.iterdir()] == ["mine.txt"]
+
+
+def damaged(name: str, folder: Path) -> str:
+    """Damages a model folder in a named way; returns what the error says."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = folder / "model.safetensors"
+    if name == "pickle":
+        weights.rename(folder / "pytorch_model.bin")
+        return "pickled weights.*safe_serialization"
+    if name == "no weights":
+        weights.unlink()
+        return r"holds no model\.safetensors"
+    if name == "architecture":
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
+        return "architecture 'mamba'; gpt2, "
+    if name == "quantised":
+        quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
+        return "quantised weights"
+    if name == "shards":
+        index = {"metadata": {}, "weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        return r"lacks model-2\.safetensors \(1 of 2 files"
+    if name == "NaN":
+        tensors = load_file(weights)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+        save_file(tensors, weights, metadata={"format": "pt"})
+        return r"model\.layers\.1\.mlp\.up_proj\.weight hold NaN"
+    (folder / "config.json").write_text("{")
+    return r"cannot read .*config\.json"
+
+
+@pytest.mark.parametrize("name", ["pickle", "no weights", "architecture", "quantised", "shards", "NaN", "config"])
+def test_a_folder_that_cannot_be_compressed_is_refused_by_what_is_wrong(
+    name: str, options: CompressOptions, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(options.source, folder)
+    with pytest.raises(KalmaGroveError, match=damaged(name, folder)):
+        compress(replace(options, source=str(folder)))
+    assert not options.out.exists() and not options.out.with_name("small.work").exists()
+
+
+def test_weights_are_stored_in_the_sources_type(options: CompressOptions, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(options.source, dtype=torch.bfloat16).save_pretrained(half)
+    shutil.copyfile(Path(options.source) / "tokenizer.json", half / "tokenizer.json")
+    assert open_source(str(half)).dtype == torch.bfloat16
+    compress(replace(options, source=str(half)))
+    kinds = {t.dtype for t in load_file(options.out / "model.safetensors").values() if t.is_floating_point()}
+    assert kinds == {torch.bfloat16}
+
+
+def test_a_refit_is_minutes_or_tokens() -> None:
+    assert parse_refit("10m") == RefitLength(600.0, None)
+    assert parse_refit("500k") == RefitLength(None, 500_000)
+    assert parse_refit("1234") == RefitLength(None, 1234)
+
+
+def test_results_are_plain_numbers(options: CompressOptions) -> None:
+    result = compress(options)
+    assert isinstance(result, CompressResult)
+    assert json.loads(json.dumps(result.to_dict()))["before"]["tokens_per_second"] > 0

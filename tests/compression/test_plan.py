@@ -1,0 +1,87 @@
+"""Ranks under a budget, and who shares a basis."""
+
+import pytest
+import torch
+
+from kalmagrove.compression.plan import Choice, Group, candidates, choose_ranks, merge_groups
+from kalmagrove.compression.sites import Matrix
+from kalmagrove.errors import UsageError
+
+
+def group(member: int, in_features: int, out_features: int, decay: float) -> Group:
+    values = torch.exp(-decay * torch.arange(in_features, dtype=torch.float64))
+    losses = torch.cat((values.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)))
+    return Group((member,), in_features, out_features, losses)
+
+
+GROUPS = [group(0, 20, 30, 0.5), group(1, 20, 7, 0.1), group(2, 30, 20, 0.02)]
+DENSE = sum(g.in_features * g.out_features for g in GROUPS)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.5, 0.8, 1.0])
+def test_the_budget_is_met(keep: float) -> None:
+    choices, _ = choose_ranks(GROUPS, int(keep * DENSE))
+    used = sum(choice.parameters for choice in choices)
+    assert used <= int(keep * DENSE)
+    # What is left is less than one more rank anywhere.
+    for choice in choices:
+        if not choice.is_dense:
+            assert used + choice.group.parameters(choice.rank + 1) - choice.parameters > int(keep * DENSE)
+    assert all(choice.is_dense for choice in choices) == (keep == 1.0)
+
+
+def test_ranks_go_where_they_are_worth_most() -> None:
+    steep, flat = group(0, 20, 20, 1.0), group(1, 20, 20, 0.01)
+    (first, second), _ = choose_ranks([steep, flat], 500)
+    assert first.rank < second.rank
+
+
+def test_no_choice_of_the_same_size_has_less_loss() -> None:
+    pair = [group(0, 8, 8, 0.3), group(1, 8, 8, 0.6)]
+    choices, _ = choose_ranks(pair, 90)
+    found = sum(float(c.group.losses[c.rank]) for c in choices)
+    others = [
+        float(pair[0].losses[a] * (a < 8) + pair[1].losses[b] * (b < 8))
+        for a in range(1, 9)
+        for b in range(1, 9)
+        if pair[0].parameters(a) + pair[1].parameters(b) <= sum(c.parameters for c in choices)
+    ]
+    assert found == pytest.approx(min(others))
+
+
+def test_a_basis_is_counted_once_for_all_that_read_it() -> None:
+    shared = Group((0, 1), 20, 60, GROUPS[0].losses)
+    assert Choice(shared, 5).parameters == 5 * (20 - 5) + 5 * 60
+    apart = 2 * Choice(group(0, 20, 30, 0.5), 5).parameters
+    assert apart - Choice(shared, 5).parameters == 5 * (20 - 5)
+    assert Choice(shared, 20).parameters == 20 * 60
+
+
+def test_too_small_a_budget_is_refused() -> None:
+    with pytest.raises(UsageError, match="rank 1 everywhere"):
+        choose_ranks(GROUPS, 10)
+
+
+def layers(count: int) -> list[Matrix]:
+    names = ("q_proj", "k_proj", "o_proj")
+    return [
+        Matrix(f"layers.{layer}.{name}", layer, 2 * layer + (name == "o_proj"), 20, 30)
+        for layer in range(count)
+        for name in names
+    ]
+
+
+def test_candidates_read_one_tensor_or_are_of_one_kind_in_neighbouring_layers() -> None:
+    matrices = layers(3)
+    groups = [group(number, 20, 30, 0.3) for number in range(len(matrices))]
+    pairs = {(a.members[0], b.members[0]) for a, b in candidates(groups, matrices)}
+    assert pairs == {(0, 1), (3, 4), (6, 7), (0, 3), (3, 6), (1, 4), (4, 7)}
+
+
+def test_matrices_share_a_basis_exactly_where_that_is_cheaper() -> None:
+    matrices = layers(2)[:2]
+    groups = [group(number, 20, 30, 0.3) for number in range(2)]
+    merged = merge_groups(groups, matrices, 1e-2, lambda members: 2 * groups[0].losses)
+    assert [g.members for g in merged] == [(0, 1)]
+    apart = merge_groups(groups, matrices, 1e-2, lambda members: 1e3 * groups[0].losses + 1.0)
+    assert [g.members for g in apart] == [(0,), (1,)]
