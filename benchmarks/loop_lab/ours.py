@@ -9,7 +9,7 @@ from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, Tra
 from kalmagrove.training.environment import keep_freed_memory
 from kalmagrove.training.run import StepResult
 from kalmagrove.training.session import TrainingSession
-from kalmagrove.training.trainer import _run_to_the_end
+from kalmagrove.training.trainer import run_to_the_end
 from loop_lab.turns import race_and_turns
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     session.advance = advance_and_pause  # type: ignore[method-assign]
     turns.begin()
-    _run_to_the_end(session)
+    run_to_the_end(session)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, Tra
 from kalmagrove.training.environment import keep_freed_memory
 from kalmagrove.training.session import EVALUATIONS, TrainingSession
 from kalmagrove.training.tracking import DRAWINGS_A_SECOND, ProgressBar
-from kalmagrove.training.trainer import _run_to_the_end
+from kalmagrove.training.trainer import run_to_the_end
 
 WARMUP_STEPS = 5
 SAVE_EVERY, EVALUATE_EVERY = 8, 20
@@ -137,7 +137,7 @@ def run_with_clocks(config: TrainConfig, data: PackedText, folder: Path) -> Part
             clock_on(saving, "save_checkpoint") as writings,
             clock_on(session, "_evaluate") as evaluations,
         ):
-            _run_to_the_end(session)
+            run_to_the_end(session)
             session.wait_for_saving()
     finally:
         session.close()

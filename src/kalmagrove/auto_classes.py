@@ -22,18 +22,23 @@ def register_when_imported() -> None:
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
+    from kalmagrove.compression.config import CompressedConfig
     from kalmagrove.models.config import KalmaGroveConfig
 
     AutoConfig.register("kalmagrove", KalmaGroveConfig, exist_ok=True)
+    AutoConfig.register("kalmagrove_compressed", CompressedConfig, exist_ok=True)
 
 
 def _register_model() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
+    from kalmagrove.compression.config import CompressedConfig
+    from kalmagrove.compression.model import CompressedForCausalLM
     from kalmagrove.models.config import KalmaGroveConfig
     from kalmagrove.models.decoder import KalmaGroveForCausalLM
 
     AutoModelForCausalLM.register(KalmaGroveConfig, KalmaGroveForCausalLM, exist_ok=True)
+    AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
 
 
 _REGISTRATIONS: dict[str, Callable[[], None]] = {

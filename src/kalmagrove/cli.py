@@ -17,10 +17,12 @@ from kalmagrove.errors import KalmaGroveError, UsageError
 COMMANDS = {
     "compare": "train a Transformer and a KalmaGrove on the same text and report which is better",
     "train": "one training run",
+    "adapt": "a small adaptor for a domain over a frozen model",
     "eval": "perplexity and bits per byte of a model on a text",
     "watch": "follow a run that another process trains",
     "generate": "text from a prompt",
     "info": "parameters, FLOPs and memory of a model before it is trained",
+    "compress": "a dense model with fewer parameters: factors over shared bases",
     "export": "a model as a plain dense folder, for other tools",
     "data": "tokenise and pack a text (data prepare)",
     "scale": "scaling laws of finished runs (scale fit)",

@@ -489,8 +489,8 @@ def test_a_run_that_is_watched(data: st.DataObject, tmp_path_factory: Any, tally
         assert len(run_view.line(state).splitlines()) == 1
         json.dumps(state.to_dict(), allow_nan=False)
         console = Console(file=io.StringIO(), width=100)
-        for is_comparison in (False, True):
-            console.print(run_view.view([state], console, title=str(folder), is_comparison=is_comparison))
+        for is_table in (False, True):
+            console.print(run_view.view([state], console, title=str(folder), is_table=is_table))
 
     ends_well(watch)
 

@@ -147,7 +147,10 @@ def test_a_printed_configuration_is_read_again(capsys: pytest.CaptureFixture[str
     assert "rank: 16" in again and "batch_size: 5" in again and "out: y" in again
 
 
-@pytest.mark.parametrize("command", [*(c for c in COMMANDS if c != "data"), "data prepare"])
+TWO_WORDS = ("data prepare", "scale sweep", "scale fit", "scale plan", "report scaling")
+
+
+@pytest.mark.parametrize("command", [*(c for c in COMMANDS if c not in ("data", "scale")), *TWO_WORDS])
 def test_every_command_has_help_with_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*command.split(), "--help"])

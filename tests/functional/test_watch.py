@@ -45,10 +45,10 @@ def record(step: int, loss: float = 2.0) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def shown(states: list[RunState], *, width: int = 80, is_comparison: bool = False, encoding: str = "utf-8") -> str:
+def shown(states: list[RunState], *, width: int = 80, is_table: bool = False, encoding: str = "utf-8") -> str:
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     console = Console(file=stream, width=width, force_terminal=False)
-    console.print(view(states, console, title="runs/book", is_comparison=is_comparison))
+    console.print(view(states, console, title="runs/book", is_table=is_table))
     stream.seek(0)
     return stream.read()
 
@@ -185,14 +185,14 @@ def test_a_run_that_has_just_begun_and_a_comparison_have_their_views() -> None:
     text = shown([new])
     assert "step 0 of 100" in text and "no checkpoint yet" in text
     done = RunState("kalmagrove/lr-x1/seed-0", "finished", 100, 100, loss=1.5, losses=((50, 2.0), (100, 1.5)))
-    text = shown([new, done], width=100, is_comparison=True)
+    text = shown([new, done], width=100, is_table=True)
     assert re.search(r"llama/lr-x1/seed-0 +running +0 % +- +- +- +-", text)
     assert re.search(r"kalmagrove/lr-x1/seed-0 +finished +100 % +1\.5000 ", text)
     assert max(map(len, text.splitlines())) <= 100
     # Brackets in a name are no markup.
-    assert "[/bold]x" in shown([RunState("[/bold]x", "running", 0, 100)], is_comparison=True)
+    assert "[/bold]x" in shown([RunState("[/bold]x", "running", 0, 100)], is_table=True)
     # A comparison that has only just begun has no run to show.
-    assert "run" in shown([], is_comparison=True)
+    assert "run" in shown([], is_table=True)
 
 
 def test_a_curve_falls_from_its_highest_to_its_lowest_and_ends_at_the_newest_step() -> None:

@@ -36,7 +36,7 @@ def test_two_families_are_fitted_and_compared(suffix: str, tmp_path: Path, capsy
     words = ["scale", "fit", str(table), "--resamples", "40", "--baseline", "llama", "--out", str(tmp_path / "law")]
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert "kalmagrove - llama" in said and "row 49: its loss is nan" in said and "row 50: its loss is -1" in said
+    assert "kalmagrove - llama" in said and "row 49: it has no loss" in said and "row 50: its loss is -1" in said
     summary = json.loads((tmp_path / "law" / "fit.json").read_text())
     assert summary["runs"] == 48 and len(summary["left_out"]) == 2
     fitted = summary["families"]["kalmagrove"]["laws"]["hoffmann"]
@@ -56,7 +56,7 @@ def test_two_families_are_fitted_and_compared(suffix: str, tmp_path: Path, capsy
     [
         ("runs.csv", "a,b\n1,2\n", "has no column parameters; it needs parameters, tokens, loss"),
         ("runs.csv", "N,D,loss\n1,2,x\n", "row 1 of .* has the loss 'x', which is no number"),
-        ("runs.csv", "N,D,loss\n1,2,nan\n", "holds no run that can be used: row 1: its loss is nan"),
+        ("runs.csv", "N,D,loss\n1,2,nan\n", "holds no run that can be used: row 1: it has no loss"),
         ("runs.csv", "N,D,loss\n1,2,3\n", "family all: 1 different runs are too few for the law power"),
         ("runs.csv", "N,D,loss,vocabulary\n1,2,3,a\n1,2,3,b\n", "mixes the vocabularies 'a', 'b'"),
         ("runs.json", "{}", "must hold a list of objects"),
@@ -78,8 +78,8 @@ def test_an_unusable_table_is_named(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["scale"], "needs the word fit, got nothing"),
-        (["scale", "plot"], "needs the word fit, got 'plot'"),
+        (["scale"], "needs one of the words sweep, fit, plan, got nothing"),
+        (["scale", "plot"], "needs one of the words sweep, fit, plan, got 'plot'"),
         (["scale", "fit", "no.csv"], "no.csv cannot be read"),
         (["scale", "fit", "no.csv", "--resamples", "0"], "--resamples must be at least 1"),
         (["scale", "fit", "no.csv", "--seed", "-1"], "--seed must not be negative"),
@@ -93,4 +93,4 @@ def test_wrong_words_are_explained(words: list[str], message: str, capsys: pytes
 def test_an_unknown_baseline_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write(tmp_path / "runs.csv", ROWS)
     assert main(["scale", "fit", str(table), "--baseline", "gpt"]) == 2
-    assert "there is no family 'gpt'; the table has kalmagrove, llama" in capsys.readouterr().err
+    assert "there is no family 'gpt'; the table has llama, kalmagrove" in capsys.readouterr().err

@@ -21,10 +21,11 @@ from kalmagrove.scaling.share import FolderShare, run_path
 from kalmagrove.scaling.study import open_study
 from kalmagrove.scaling.sweep import write_tables
 from kalmagrove.scaling.worker import known_losses, loss_of, runs_to_do, tuning_report, work
-from kalmagrove.training.config import DataConfig, LoopConfig
+from kalmagrove.training.config import DataConfig, LoopConfig, plain_options
 from kalmagrove.training.run_folder import open_run_folder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted
+from kalmagrove.training.watching import FolderWatch
 
 CONFIG = SweepConfig(
     data=DataConfig(vocab_size=300),
@@ -45,6 +46,7 @@ def result_losses(folder: Path) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def finished(packed: PackedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
+    open_run_folder(folder, plain_options(CONFIG)).release()
     work(CONFIG, packed, folder, FolderShare(folder))
     return folder
 
@@ -63,6 +65,17 @@ def test_the_table_has_a_sound_point_for_each_run(finished: Path, packed: Packed
     assert len(by_size) == 4
     assert not list(finished.glob("runs/**/checkpoints"))
     assert len(list(finished.glob("runs/**/model/model.safetensors"))) == 8
+
+
+def test_a_sweep_can_be_watched(finished: Path, packed: PackedText) -> None:
+    watch = FolderWatch(finished)
+    states = watch.read()
+    assert watch.has_many and len(states) == 8 and {state.status for state in states} == {"finished"}
+    assert {state.name for state in states} >= {"runs/llama/16x1/512/lr-x1/seed-0"}
+    (finished / "sweep.json").unlink(missing_ok=True)
+    assert not watch.has_ended(states)
+    write_tables(CONFIG, packed, finished, FolderShare(finished), command="")
+    assert watch.has_ended(states)
 
 
 def test_a_worker_that_is_stopped_goes_on_to_the_same_losses(

@@ -11,7 +11,8 @@ from kalmagrove.commands.parsing import make_parser, parse
 
 EXAMPLES = """\
   kalmagrove eval runs/book --data other.txt
-  kalmagrove eval path/to/a/hugging-face-folder --data texts/ --context_length 1024 --stride 512"""
+  kalmagrove eval path/to/a/hugging-face-folder --data texts/ --context_length 1024 --stride 512
+  kalmagrove eval runs/recall --data synthetic:recall,pairs=8 --split test"""
 
 
 def make_eval_parser() -> ArgumentParser:
@@ -27,6 +28,7 @@ def make_eval_parser() -> ArgumentParser:
     parser.add_argument("--split", type=str, default=None, help="only this split of the text; left out: all of it")
     parser.add_argument("--context_length", type=int, default=None, help="tokens; left out: the model's")
     parser.add_argument("--stride", type=int, default=None, help="tokens between windows; left out: the context")
+    parser.add_argument("--adaptor", type=str, default=None, help="an adaptor of the model: its name, or its folder")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", type=str, default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON")
@@ -36,6 +38,7 @@ def make_eval_parser() -> ArgumentParser:
 def run(words: Sequence[str]) -> None:
     """Scores a model on a text."""
     options = parse(make_eval_parser(), words)
+    from kalmagrove.evaluation.perplexity import describe_optimum
     from kalmagrove.evaluation.text import score_text
 
     scores = score_text(
@@ -46,6 +49,7 @@ def run(words: Sequence[str]) -> None:
         stride=options.stride,
         device=options.device,
         precision=options.precision,
+        adaptor=options.adaptor,
     )
     if options.json:
         print(json.dumps(scores.to_dict(), indent=2))
@@ -54,3 +58,5 @@ def run(words: Sequence[str]) -> None:
     print(f"perplexity      {scores.perplexity:.3f} a token")
     print(f"word perplexity {scores.word_perplexity:.3f}")
     print(f"bits per byte   {scores.bits_per_byte:.4f}")
+    for line in describe_optimum(scores.to_dict()):
+        print(line)

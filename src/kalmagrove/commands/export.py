@@ -39,7 +39,7 @@ def make_export_parser() -> ArgumentParser:
         default=None,
         help="of a run folder: last, best or a step; the folder is like the run's own model, with Grove's factors",
     )
-    parser.add_argument("--adaptor", type=str, default=None, help="a task core to merge")
+    parser.add_argument("--adaptor", type=str, default=None, help="an adaptor to merge: its name, or its folder")
     return parser
 
 
@@ -56,7 +56,9 @@ def run(words: Sequence[str]) -> None:
         )
         print(f"{options.out}: the model after step {step}")
         return
+    from kalmagrove.adaptors.opening import open_with_adaptor
     from kalmagrove.models.exporting import export_folder
 
-    family = export_folder(options.model, options.out, form=options.format, adaptor=options.adaptor)
+    opened = partial(open_with_adaptor, adaptor=options.adaptor)
+    family = export_folder(options.model, options.out, form=options.format, open_model=opened)
     print(f"{options.out}: {family}")

@@ -25,6 +25,7 @@ def make_generate_parser() -> ArgumentParser:
     parser.add_argument("--top_k", type=int, default=0, help="only the k likeliest tokens; 0 is all")
     parser.add_argument("--top_p", type=float, default=0.95, help="only the likeliest tokens of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of tokens")
+    parser.add_argument("--adaptor", type=str, default=None, help="an adaptor of the model: its name, or its folder")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--json", action="store_true", help="print prompt and text as JSON at the end")
     return parser
@@ -44,6 +45,7 @@ def run(words: Sequence[str]) -> None:
         top_p=options.top_p,
         seed=options.seed,
         device=options.device,
+        adaptor=options.adaptor,
     )
     if options.json:
         print(json.dumps({"prompt": options.prompt, "text": "".join(pieces)}))

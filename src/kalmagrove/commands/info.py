@@ -24,6 +24,7 @@ def make_info_parser() -> ArgumentParser:
     parser = make_parser("info", "Parameters, FLOPs a token and memory of a model, before it is trained.", EXAMPLES)
     parser.add_class_arguments(ModelConfig, "model")
     parser.add_argument("--folder", type=str, default=None, help="a run or model folder in the place of a preset")
+    parser.add_argument("--adaptor", type=str, default=None, help="of the folder: an adaptor's name, or its folder")
     parser.add_argument("--vocab_size", type=int, default=None, help="left out: the preset's")
     parser.add_argument("--context_length", type=int, default=None, help="tokens; left out: the preset's")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences of a training step")
@@ -40,11 +41,42 @@ def run(words: Sequence[str]) -> None:
     """Prints what a model costs."""
     parser = make_info_parser()
     options = build(parser, parse(parser, words, SHORT))
-    facts = describe(options)
+    facts = _compressed_facts(options) or describe(options)
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    _show(facts)
+    if "architecture" in facts:
+        _show_compressed(facts)
+    else:
+        _show(facts)
+
+
+def _compressed_facts(options: Any) -> dict[str, Any] | None:
+    """The numbers of a compressed model's folder; None where it is another kind of model."""
+    if options.folder is None or options.adaptor is not None:
+        return None
+    from kalmagrove.compression.describe import describe_compressed
+
+    return describe_compressed(options.folder)
+
+
+def _show_compressed(facts: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{facts['name']}, compressed from a {facts['architecture']}", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for part, count in facts["parameters"].items():
+        table.add_row(f"parameters, {part.replace('_', ' ')}", f"{count:,}")
+    table.add_row(
+        "forward FLOPs a token, attention scores left out", f"{facts['forward_flops_per_token'] / 1e6:,.1f} M"
+    )
+    table.add_row("matrices that are factors", f"{facts['factorised_matrices']:,}")
+    table.add_row("of them, share a basis", f"{facts['matrices_that_share_a_basis']:,}")
+    table.add_row("bases", f"{facts['bases']:,}")
+    table.add_row("mean rank", f"{facts['mean_rank']:,.1f}")
+    Console().print(table)
 
 
 def describe(options: Any) -> dict[str, Any]:
@@ -74,6 +106,8 @@ def describe(options: Any) -> dict[str, Any]:
         )
     if options.precision not in ("bf16", "fp32"):
         raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
+    if options.adaptor is not None and options.folder is None:
+        raise UsageError("--adaptor is of a model that is there; give its --folder")
     if options.folder is not None:
         if options.vocab_size or options.context_length or options.model.overrides():
             raise UsageError(
@@ -129,6 +163,23 @@ def describe(options: Any) -> dict[str, Any]:
         },
         "decoding_cache_bytes": decoding_bytes(config, length),
         "grove_paths": paths,
+        **({} if options.adaptor is None else {"adaptor": _adaptor_facts(options.folder, options.adaptor)}),
+    }
+
+
+def _adaptor_facts(folder: str, adaptor: str) -> dict[str, Any]:
+    """What an adaptor adds to a model, and how it was trained."""
+    from kalmagrove.adaptors.opening import find_adaptor
+    from kalmagrove.adaptors.storage import read_adaptor
+
+    stored = read_adaptor(find_adaptor(folder, adaptor))
+    return {
+        "name": stored.name,
+        "parameters": stored.parameters,
+        "layers": len(stored.cores),
+        "rank": stored.rank,
+        "bytes": sum(path.stat().st_size for path in stored.folder.iterdir()),
+        "training": stored.facts,
     }
 
 
@@ -152,6 +203,10 @@ def _show(facts: dict[str, Any]) -> None:
         for path in dict.fromkeys(paths.values()):
             names = ", ".join(name for name, own in paths.items() if own == path)
             table.add_row(f"Grove in {use}, {path}", names)
+    if "adaptor" in facts:
+        adaptor = facts["adaptor"]
+        table.add_row(f"adaptor {adaptor['name']}, parameters", f"{adaptor['parameters']:,}")
+        table.add_row(f"adaptor {adaptor['name']}, size", f"{adaptor['bytes'] / 2**10:,.1f} KiB")
     console = Console()
     console.print(table)
     devices = f" on each of {facts['world_size']} devices ({facts['parallel']})" if facts["world_size"] > 1 else ""

@@ -104,9 +104,9 @@ def _means(points: Sequence[tuple[int, float]], last_step: int, columns: int) ->
     return means
 
 
-def view(states: Sequence[RunState], console: Console, *, title: str, is_comparison: bool) -> RenderableType:
+def view(states: Sequence[RunState], console: Console, *, title: str, is_table: bool) -> RenderableType:
     """What a terminal shows: all about one run, or a row for each run of a comparison."""
-    return _table(states, console, title) if is_comparison else _panel(states[0], console)
+    return _table(states, console, title) if is_table else _panel(states[0], console)
 
 
 def _table(states: Sequence[RunState], console: Console, title: str) -> RenderableType:

@@ -82,7 +82,7 @@ def run(words: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(facts, indent=2))
         return
-    for family in facts["tuning"]:
+    for family in facts["tuning"] if config.trials > 1 else []:
         print(_tuning_line(family))
     print(f"{facts['runs']} of {facts['planned_runs']} runs in {options.out}/runs.jsonl")
     print(f"next: kalmagrove scale fit {options.out}")

@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_LINES = 60.0
 EXAMPLES = """\
   kalmagrove watch runs/mine
-  kalmagrove watch runs/book --once        (a comparison: all of its runs, once)
+  kalmagrove watch runs/book --once        (a comparison or a sweep: all of its runs, once)
   kalmagrove watch runs/mine --once --json
 
 It only reads, so it can begin and end at any time; Ctrl-C ends it and leaves the run alone."""
@@ -31,12 +31,12 @@ def make_watch_parser() -> ArgumentParser:
     """The flags of ``kalmagrove watch``."""
     parser = make_parser(
         "watch",
-        "Follow a run, or the runs of a comparison, that another process trains: live on a terminal, a line a minute "
-        "elsewhere.",
+        "Follow a run, or the runs of a comparison or sweep, that other processes train: live on a terminal, a line a "
+        "minute elsewhere.",
         EXAMPLES,
         configurable=False,
     )
-    parser.add_argument("folder", type=Path, help="the folder that --out of train or compare names")
+    parser.add_argument("folder", type=Path, help="the folder that --out names")
     parser.add_argument("--once", action="store_true", help="show how it stands now and end")
     parser.add_argument("--json", action="store_true", help="print JSON, a line for each run in the place of text")
     return parser
@@ -63,7 +63,7 @@ def follow_live(watch: FolderWatch, console: Console, *, once: bool) -> None:
     from rich.live import Live
 
     def shown(states: list[RunState]) -> None:
-        live.update(view(states, console, title=str(watch.folder), is_comparison=watch.is_comparison), refresh=True)
+        live.update(view(states, console, title=str(watch.folder), is_table=watch.has_many), refresh=True)
 
     with Live(console=console, auto_refresh=False) as live:
         shown(states := watch.read())

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kalmagrove.adaptors.opening import open_with_adaptor
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.models.convert import as_decoder, load_model, model_folder
+from kalmagrove.models.convert import as_decoder, model_folder
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import choose_device
 
@@ -47,6 +48,7 @@ def generate_text(
     top_p: float,
     seed: int,
     device: str = "auto",
+    adaptor: str | None = None,
 ) -> Iterator[str]:
     """Pieces of text as they are generated, until the end-of-text token or the end of the context.
 
@@ -59,6 +61,7 @@ def generate_text(
         top_p: See :func:`choose_token`.
         seed: Of the draws.
         device: auto, cpu, cuda, cuda:N or mps.
+        adaptor: The name of one of the model's adaptors, or its folder; None is the model alone.
 
     Raises:
         UsageError: An option is out of its range, or the prompt is longer than the context.
@@ -74,7 +77,7 @@ def generate_text(
         chosen_device = choose_device(device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    loaded = load_model(model).to(chosen_device)
+    loaded = open_with_adaptor(model, adaptor).to(chosen_device)
     tokenizer = load_tokenizer(model_folder(model))
     end = end_of_text_id(tokenizer)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]

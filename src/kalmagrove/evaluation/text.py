@@ -7,13 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from kalmagrove.adaptors.opening import open_with_adaptor
 from kalmagrove.data.batches import evaluation_windows
 from kalmagrove.data.sources import iter_documents
 from kalmagrove.data.splits import SPLITS, split_documents
+from kalmagrove.data.synthetic.options import is_synthetic
+from kalmagrove.data.synthetic.source import synthetic_tokenizer
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
-from kalmagrove.models.convert import load_model, model_folder
+from kalmagrove.evaluation.synthetic import Reference, reference_of, with_references
+from kalmagrove.models.convert import model_folder
 from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.precision import choose_device, choose_precision
 
@@ -30,8 +34,11 @@ def score_text(
     stride: int | None = None,
     device: str = "auto",
     precision: Any = "auto",
+    adaptor: str | None = None,
 ) -> Scores:
     """Scores of a model on a text; the documents are joined by the end-of-text token, as in training.
+
+    Of a synthetic task, and a model with its tokeniser, with the optimum on the same windows.
 
     Args:
         model: A run folder, a model folder or a Hub name.
@@ -41,6 +48,7 @@ def score_text(
         stride: Tokens between windows; None is the context.
         device: auto, cpu, cuda, cuda:N or mps.
         precision: auto, bf16 or fp32.
+        adaptor: The name of one of the model's adaptors, or its folder; None is the model alone.
 
     Raises:
         KalmaGroveError: The model or the text cannot be read, or the text is too short.
@@ -53,7 +61,7 @@ def score_text(
         chosen_precision = choose_precision(precision, chosen_device)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    loaded = load_model(model).to(chosen_device)
+    loaded = open_with_adaptor(model, adaptor).to(chosen_device)
     limit = int(loaded.config.max_position_embeddings)
     length = limit if context_length is None else context_length
     step = length if stride is None else stride
@@ -63,22 +71,27 @@ def score_text(
             "model's context"
         )
     tokenizer = load_tokenizer(model_folder(model))
+    has_optimum = is_synthetic(source) and tokenizer.get_vocab() == synthetic_tokenizer(source).get_vocab()
+    references: list[Reference] = []
     total, tokens, words, text_bytes = 0.0, 0, 0, 0
     for stream, chunk_words, chunk_bytes in _token_chunks(tokenizer, source, split):
         if stream.max(initial=0) >= loaded.config.vocab_size:
             raise KalmaGroveError(f"the tokeniser of {model} has tokens that its model does not know")
-        nats, scored = nats_of_windows(
-            loaded,
-            evaluation_windows(stream, context_length=length, stride=step),
-            vocab_size=loaded.config.vocab_size,
-            device=chosen_device,
-            precision=chosen_precision,
-        )
+        terms: dict[str, Any] = {
+            "vocab_size": loaded.config.vocab_size,
+            "device": chosen_device,
+            "precision": chosen_precision,
+        }
+        windows = evaluation_windows(stream, context_length=length, stride=step)
+        nats, scored = nats_of_windows(loaded, windows, **terms)
+        if has_optimum and source is not None:
+            references.append(reference_of(loaded, source, stream, context_length=length, stride=step, **terms))
         total, tokens = total + nats, tokens + scored
         words, text_bytes = words + chunk_words, text_bytes + chunk_bytes
     if tokens == 0:
         raise KalmaGroveError(f"{source or 'the built-in corpus'} holds fewer than two tokens; nothing can be scored")
-    return scores_from_nats(total, tokens=tokens, words=words, text_bytes=text_bytes)
+    scores = scores_from_nats(total, tokens=tokens, words=words, text_bytes=text_bytes)
+    return with_references(scores, references)
 
 
 def _token_chunks(tokenizer: Any, source: str | None, split: str | None) -> Iterator[tuple[np.ndarray, int, int]]:

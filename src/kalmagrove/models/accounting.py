@@ -39,6 +39,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _part_of(name: str) -> str:
+    # A compressed model's bases are named after the matrices that read them, with dashes for dots.
+    name = name.replace("-", ".")
     if any(key in name for key in ("embed", "lm_head", "wte", "wpe")):
         return "embedding"
     if any(key in name for key in ("gate_proj", "up_proj", "down_proj", "mlp.")):

@@ -17,6 +17,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -115,8 +116,18 @@ def save_model(model: KalmaGroveForCausalLM, folder: Path) -> None:
     """
     with _quiet_transformers():
         target: PreTrainedModel = model if stock_family(model.config) is None else to_stock(model)
+    write_folder(target, folder)
+
+
+def write_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the Hugging Face folder of a model of any architecture as it is.
+
+    Raises:
+        OSError: The disk is full or cannot be written.
+    """
+    with _quiet_transformers():
         try:
-            target.save_pretrained(folder)
+            model.save_pretrained(folder)
         except SafetensorError as error:
             # The library hides the error number of a full disk in its own exception.
             raise OSError(f"{folder} could not be written: {error}") from error
@@ -186,22 +197,40 @@ def load_config(folder: str | Path) -> KalmaGroveConfig:
     Raises:
         KalmaGroveError: It cannot be read or converted.
     """
+    config = any_config(folder)
+    return config if isinstance(config, KalmaGroveConfig) else _config_from_stock(config)
+
+
+def any_config(folder: str | Path) -> PretrainedConfig:
+    """The configuration of a model folder of any architecture.
+
+    Raises:
+        KalmaGroveError: It cannot be read.
+    """
     register_when_imported()
     try:
-        config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False)
     except KalmaGroveError:
         raise
     # What is wrong with the file reaches the library's own code, which has no common error for it.
     except Exception as error:
         raise KalmaGroveError(f"cannot read a model configuration from {folder}: {_first_line(error)}") from error
-    if isinstance(config, KalmaGroveConfig):
-        return config
-    return _config_from_stock(config)
+    return config
 
 
 def as_decoder(model: PreTrainedModel) -> KalmaGroveForCausalLM:
-    """Our decoder as it is, a stock model converted."""
-    return model if isinstance(model, KalmaGroveForCausalLM) else from_stock(model)
+    """Our decoder as it is, also within a compressed model; a stock model converted.
+
+    Raises:
+        KalmaGroveError: It is neither, or a stock model whose matrices are factors.
+    """
+    is_compressed = model.config.model_type == "kalmagrove_compressed"
+    inner = model.decoder if is_compressed else model
+    if isinstance(inner, KalmaGroveForCausalLM):
+        return inner
+    if is_compressed:
+        raise KalmaGroveError(f"a compressed {inner.config.model_type} stays one; export it to convert it")
+    return from_stock(inner)
 
 
 class _quiet_transformers:

@@ -258,7 +258,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
         **_: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits (batch, sequence, vocabulary), and the mean loss in nats where ``labels`` are given.
@@ -275,7 +275,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
                 left out.
             logits_to_keep: Only the last so many positions get logits; 0, and with ``labels``, is all.
             output_hidden_states: Whether to give the hidden states of every layer too.
-            return_dict: Whether to give named outputs, else a tuple.
+            return_dict: False gives a tuple in the place of named outputs.
 
         Raises:
             ValueError: The mask has holes, or the text is longer than the context.
@@ -307,7 +307,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         result = CausalLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
-        return result if return_dict else result.to_tuple()
+        # Frameworks that wrap a model say None where their user said nothing.
+        return result.to_tuple() if return_dict is False else result
 
     def token_loss_sum(self, input_ids: Tensor, targets: Tensor) -> Tensor:
         """Sum of the nats of ``targets`` (batch, sequence) given ``input_ids`` (batch, sequence).

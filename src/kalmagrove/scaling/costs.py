@@ -10,6 +10,7 @@ from functools import lru_cache
 from kalmagrove.data.packing import PackedText
 from kalmagrove.models.accounting import build_empty, count_parameters, training_flops_per_token
 from kalmagrove.models.build import model_config
+from kalmagrove.report.table import format_count
 from kalmagrove.scaling.ladder import Rung, SweepConfig
 from kalmagrove.training.config import ModelConfig
 from kalmagrove.training.run import TrainingRun
@@ -134,7 +135,7 @@ def cost_table(costs: Sequence[RungCost], *, workers: int) -> str:
         "| :-- | :-- | --: | --: | --: | --: | --: |",
     ]
     for (family, size), group in groups.items():
-        parameters = f"{group[0].model.parameters / 1e6:,.2f} M"
+        parameters = format_count(group[0].model.parameters)
         lines.append(f"| {family} | {size} | {parameters} | {_sums(group)} |")
     lines.append(f"| all | | | {_sums(costs)} |")
     hours = sum(cost.seconds for cost in costs) / 3600
@@ -147,4 +148,4 @@ def _sums(costs: Sequence[RungCost]) -> str:
     tokens = sum(cost.rung.tokens for cost in costs)
     flops = sum(cost.flops for cost in costs)
     hours = sum(cost.seconds for cost in costs) / 3600
-    return f"{len(costs)} | {tokens / 1e6:,.1f} M | {flops:.3g} | {hours:,.2f}"
+    return f"{len(costs)} | {format_count(tokens)} | {flops:.3g} | {hours:,.2f}"

@@ -219,11 +219,7 @@ def _label_few_ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
 
 def _short_number(value: float) -> str:
-    return f"{value:.0e}".replace("e+", "e") if value >= 1e10 else f"{value:g}" if value < 1e3 else _count(value)
-
-
-def _count(value: float) -> str:
-    for limit, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
-        if value >= limit:
-            return f"{value / limit:g}{unit}"
-    return f"{value:g}"
+    if value >= 1e10:
+        return f"{value:.0e}".replace("e+", "e")
+    number, _, unit = format_count(value).partition(" ")
+    return f"{value:g}" if value < 1e3 else f"{float(number):g} {unit}"

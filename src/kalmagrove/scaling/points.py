@@ -15,8 +15,6 @@ from kalmagrove.errors import KalmaGroveError, UsageError
 _NAMES = {"N": "parameters", "D": "tokens", "C": "flops", "n": "parameters", "d": "tokens"}
 TABLE = "runs.jsonl"
 """Of a sweep: a row for each run of its ladder."""
-FACTS = "sweep.json"
-"""Of a sweep: how its models were built and tuned."""
 _NUMBERS = ("parameters", "tokens", "loss")
 
 

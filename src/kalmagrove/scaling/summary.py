@@ -12,7 +12,8 @@ from typing import Any, get_args
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.scaling.fit import HUBER_DELTA, Fit, bootstrap, fit_law, held_out_error, interval, warnings_of
 from kalmagrove.scaling.laws import FORMULAS, LawName
-from kalmagrove.scaling.points import FACTS, Point, PointTable
+from kalmagrove.scaling.points import Point, PointTable
+from kalmagrove.training.watching import SWEEP_FACTS
 
 LAWS: tuple[LawName, ...] = get_args(LawName)
 EXPONENTS = ("alpha", "beta", "gamma")
@@ -91,7 +92,7 @@ def facts_of_sweep(runs: Path) -> dict[str, Any]:
     Raises:
         KalmaGroveError: The folder's facts are not JSON.
     """
-    path = runs / FACTS
+    path = runs / SWEEP_FACTS
     if not path.is_file():
         return {}
     try:

@@ -19,7 +19,7 @@ from kalmagrove.data.packing import PackedText, open_packed
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
 from kalmagrove.scaling.ladder import SweepConfig, all_runs, best_scales, checks, rungs
-from kalmagrove.scaling.points import FACTS, TABLE
+from kalmagrove.scaling.points import TABLE
 from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
 from kalmagrove.scaling.worker import known_losses, loss_of, outcome_rows, tuning_report, work
@@ -27,6 +27,7 @@ from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
 from kalmagrove.training.environment import describe_environment, keep_freed_memory
 from kalmagrove.training.run_folder import open_run_folder
 from kalmagrove.training.signals import Interrupted, StopRequest
+from kalmagrove.training.watching import SWEEP_FACTS
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -180,7 +181,7 @@ def write_tables(config: SweepConfig, data: PackedText, folder: Path, share: Sha
         "environment": describe_environment(),
         "config": plain_options(config),
     }
-    write_json_atomic(folder / FACTS, facts)
+    write_json_atomic(folder / SWEEP_FACTS, facts)
     return facts
 
 

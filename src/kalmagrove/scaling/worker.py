@@ -11,6 +11,7 @@ from typing import Any
 
 from kalmagrove.data.packing import PackedText
 from kalmagrove.files import remove
+from kalmagrove.report.table import format_count
 from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, trials
 from kalmagrove.scaling.share import Result, Share, run_path
@@ -137,7 +138,7 @@ def describe_rung(rung: Rung) -> str:
     """A run by what makes it different."""
     rank = "" if rung.rank_ratio == 1 else f", rank x{rung.rank_ratio:g}"
     rate = "" if rung.lr_scale == 1 else f", rate x{rung.lr_scale:.3g}"
-    return f"{rung.family.name} {rung.size}, {rung.tokens / 1e6:.3g} M tokens{rank}{rate}, seed {rung.seed}"
+    return f"{rung.family.name} {rung.size}, {format_count(rung.tokens)} tokens{rank}{rate}, seed {rung.seed}"
 
 
 def outcome_rows(

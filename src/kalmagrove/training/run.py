@@ -90,23 +90,28 @@ class TrainingRun:
             self.precision = choose_precision(loop.precision, self.device)
         except ValueError as error:
             raise UsageError(f"loop: {error}") from error
-        overrides = {
-            "vocab_size": data.vocab_size,
-            "max_position_embeddings": loop.context_length,
-            **config.model.overrides(),
-        }
-        token = data.end_of_text_id
-        self.model_config = model_config(config.model.preset, overrides, bos_token_id=token, eos_token_id=token)
         self.tokens = data.tokens("train")
-        try:
-            self.model = build_model(self.model_config, loop.seed).to(self.device).train()
-        except ValueError as error:
-            raise UsageError(f"model: {error}") from error
+        self._make_model()
         if loop.activation_checkpointing:
             self.model.make_activations_again()
         self._check_growth()
         self._prepare_for_training()
         self.step, self.is_whole = 0, True
+
+    def _make_model(self) -> None:
+        """The model and its configuration, on the device."""
+        loop, data = self.config.loop, self.data
+        overrides = {
+            "vocab_size": data.vocab_size,
+            "max_position_embeddings": loop.context_length,
+            **self.config.model.overrides(),
+        }
+        token = data.end_of_text_id
+        self.model_config = model_config(self.config.model.preset, overrides, bos_token_id=token, eos_token_id=token)
+        try:
+            self.model = build_model(self.model_config, loop.seed).to(self.device).train()
+        except ValueError as error:
+            raise UsageError(f"model: {error}") from error
 
     def _prepare_for_training(self) -> None:
         loop = self.config.loop

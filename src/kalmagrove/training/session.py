@@ -59,7 +59,7 @@ class TrainingSession:
         # Wrong options are found before anything is written.
         check_tracker(config.track)
         check_energy(config.energy)
-        self.run, self.world = TrainingRun(config, data, world), world
+        self.run, self.world = self._make_run(config, data, world), world
         self.folder = (
             open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
             if world.is_first
@@ -82,6 +82,9 @@ class TrainingSession:
             self._end_watching()
             self.folder.release()
             raise
+
+    def _make_run(self, config: TrainConfig, data: PackedText, world: World) -> TrainingRun:
+        return TrainingRun(config, data, world)
 
     def _resume(self, warn: Callable[[str], None]) -> None:
         checkpoint, damaged = latest_checkpoint(self.folder.checkpoints_path)

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from kalmagrove.data.packing import PackedText
+from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.evaluation.perplexity import Scores, score_tokens
+from kalmagrove.evaluation.perplexity import Scores, describe_optimum, score_tokens
+from kalmagrove.evaluation.synthetic import reference_of, with_references
 from kalmagrove.models.accounting import count_parameters, training_flops_per_token
 from kalmagrove.optim.groups import describe_groups, kalma_groups
 from kalmagrove.optim.kalma import Kalma
@@ -54,12 +56,14 @@ def train(
             say(line)
         if session.resumed_from:
             say(f"going on from step {session.resumed_from}")
-        _run_to_the_end(session)
+        run_to_the_end(session)
         # Training is saved by now: an evaluation that fails loses nothing.
         result = evaluate_run(session.run, ("valid", "test")) | {
             "peak_memory_bytes": peak_memory_bytes(session.run.device)
         }
         session.finish(result)
+        for line in describe_optimum(result["test"]):
+            say(line)
         return session.folder.read_result() or result
     except RuntimeError as error:
         if not is_lost_connection(error):
@@ -103,7 +107,14 @@ class ProcessLost(KalmaGroveError):
     """A step could not be done together, because another process ended or its machine cannot be reached."""
 
 
-def _run_to_the_end(session: TrainingSession) -> None:
+def run_to_the_end(session: TrainingSession) -> None:
+    """All steps that are left, with a progress bar, until the last one or a signal.
+
+    Raises:
+        Interrupted: A signal came; the state was saved.
+        ProcessLost: Another process is gone.
+        TrainingDiverged: The loss is not a number.
+    """
     run, world = session.run, session.world
     with StopRequest() as stop, _progress_of(session) as progress:
         while not run.done:
@@ -170,18 +181,15 @@ def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:
 
 
 def score_split(run: TrainingRun, split: str) -> Scores:
-    """Scores of one split with the run's context and precision."""
-    info = run.data.splits[split]
-    length = run.config.loop.context_length
-    return score_tokens(
-        run.model,
-        run.data.tokens(split),
-        words=info.words,
-        text_bytes=info.bytes,
-        context_length=length,
-        stride=length,
-        vocab_size=run.model_config.vocab_size,
-        device=run.device,
-        precision=run.precision,
-        world=run.world,
-    )
+    """Scores of one split with the run's context and precision; of a synthetic task, with its optimum."""
+    info, source, length = run.data.splits[split], run.data.source, run.config.loop.context_length
+    tokens = run.data.tokens(split)
+    terms: dict[str, Any] = {
+        "context_length": length,
+        "stride": length,
+        "vocab_size": run.model_config.vocab_size,
+        "device": run.device,
+        "precision": run.precision,
+    }
+    scores = score_tokens(run.model, tokens, words=info.words, text_bytes=info.bytes, world=run.world, **terms)
+    return with_references(scores, [reference_of(run.model, source, tokens, **terms)] if is_synthetic(source) else [])

@@ -6,7 +6,7 @@ import json
 import stat
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -16,6 +16,7 @@ from kalmagrove.training.checkpoint import checkpoint_path, named_steps
 from kalmagrove.training.run_folder import LOCK_NAME, RunFolder
 
 Status = Literal["running", "stopped", "finished", "diverged"]
+SWEEP_FACTS = "sweep.json"
 ENDED: frozenset[Status] = frozenset({"finished", "diverged"})
 _WINDOW = 50
 _LOSSES = ("loss", "valid_loss")
@@ -193,7 +194,7 @@ class RunWatch:
 
 
 class FolderWatch:
-    """Reads a run, or all runs of a comparison that have begun.
+    """Reads a run, or all runs of a comparison or of a sweep that have begun.
 
     Args:
         folder: What ``--out`` named.
@@ -208,7 +209,8 @@ class FolderWatch:
         if not (folder / "config.yaml").is_file():
             raise KalmaGroveError(f"{folder} is not a run folder (it has no config.yaml)")
         self.folder, self._clock = folder, clock
-        self.is_comparison = "models" in _read_config(folder)
+        config = _read_config(folder)
+        self.is_comparison, self._is_sweep = "models" in config, "families" in config
         self._runs: dict[Path, RunWatch] = {}
 
     def read(self) -> list[RunState]:
@@ -217,14 +219,24 @@ class FolderWatch:
         Raises:
             KalmaGroveError: The files of one cannot be read.
         """
-        places = self.folder.glob("*/*/*/config.yaml") if self.is_comparison else [self.folder / "config.yaml"]
+        places: Iterable[Path] = [self.folder / "config.yaml"]
+        if self.has_many:
+            places = self.folder.glob("runs/**/seed-*/config.yaml" if self._is_sweep else "*/*/*/config.yaml")
         for path in sorted({config.parent for config in places} - set(self._runs), key=_created):
-            name = path.relative_to(self.folder).as_posix() if self.is_comparison else str(path)
+            name = path.relative_to(self.folder).as_posix() if self.has_many else str(path)
             self._runs[path] = RunWatch(path, _printable(name), within_comparison=self.is_comparison, clock=self._clock)
         return [run.read() for run in self._runs.values()]
 
+    @property
+    def has_many(self) -> bool:
+        """Whether the folder is of more than one run."""
+        return self.is_comparison or self._is_sweep
+
     def has_ended(self, states: list[RunState]) -> bool:
         """Whether nothing more will come: not where a run has stopped, since it may go on."""
+        if self._is_sweep:
+            # Its table is the last thing that a sweep writes.
+            return (self.folder / SWEEP_FACTS).is_file() and all(state.status in ENDED for state in states)
         if not self.is_comparison:
             return all(state.status in ENDED for state in states)
         # Memory is the last thing that a comparison measures.
