@@ -9,6 +9,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, parse
+from kalmagrove.errors import UsageError
 from kalmagrove.training.config import ModelConfig
 
 SHORT = {"--preset": "--model.preset"}
@@ -41,6 +42,7 @@ def run(words: Sequence[str]) -> None:
     """Prints what a model costs."""
     parser = make_info_parser()
     options = build(parser, parse(parser, words, SHORT))
+    _check(options)
     facts = _compressed_facts(options) or describe(options)
     if options.json:
         print(json.dumps(facts, indent=2))
@@ -49,6 +51,26 @@ def run(words: Sequence[str]) -> None:
         _show_compressed(facts)
     else:
         _show(facts)
+
+
+def _check(options: Any) -> None:
+    if options.optim not in ("kalma", "muon", "adamw"):
+        raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
+    if options.parallel not in ("ddp", "fsdp"):
+        raise UsageError(f"--parallel must be ddp or fsdp, got {options.parallel!r}")
+    for name in ("batch_size", "vocab_size", "context_length", "world_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise UsageError(f"--{name} must be at least 1, got {value}")
+    if options.parallel == "fsdp" and options.batch_size % options.world_size:
+        raise UsageError(
+            f"--batch_size {options.batch_size} is no multiple of --world_size {options.world_size}, as fsdp needs"
+        )
+    if options.precision not in ("bf16", "fp32"):
+        raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
+    if options.adaptor is not None and options.folder is None:
+        raise UsageError("--adaptor is of a model that is there; give its --folder")
+    if options.folder is not None and (options.vocab_size or options.context_length or options.model.overrides()):
+        raise UsageError("--folder is a model as it is; give --vocab_size, --context_length or --model.* with a preset")
 
 
 def _compressed_facts(options: Any) -> dict[str, Any] | None:
@@ -81,7 +103,6 @@ def _show_compressed(facts: dict[str, Any]) -> None:
 
 def describe(options: Any) -> dict[str, Any]:
     """The numbers that are shown, by name; counts, FLOPs and bytes."""
-    from kalmagrove.errors import UsageError
     from kalmagrove.models.accounting import (
         build_empty,
         count_parameters,
@@ -93,26 +114,7 @@ def describe(options: Any) -> dict[str, Any]:
     from kalmagrove.models.convert import load_config
     from kalmagrove.models.training_memory import training_memory
 
-    if options.optim not in ("kalma", "muon", "adamw"):
-        raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
-    if options.parallel not in ("ddp", "fsdp"):
-        raise UsageError(f"--parallel must be ddp or fsdp, got {options.parallel!r}")
-    for name in ("batch_size", "vocab_size", "context_length", "world_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise UsageError(f"--{name} must be at least 1, got {value}")
-    if options.parallel == "fsdp" and options.batch_size % options.world_size:
-        raise UsageError(
-            f"--batch_size {options.batch_size} is no multiple of --world_size {options.world_size}, as fsdp needs"
-        )
-    if options.precision not in ("bf16", "fp32"):
-        raise UsageError(f"--precision must be bf16 or fp32, got {options.precision!r}")
-    if options.adaptor is not None and options.folder is None:
-        raise UsageError("--adaptor is of a model that is there; give its --folder")
     if options.folder is not None:
-        if options.vocab_size or options.context_length or options.model.overrides():
-            raise UsageError(
-                "--folder is a model as it is; give --vocab_size, --context_length or --model.* with a preset"
-            )
         config, name = load_config(options.folder), options.folder
     else:
         sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
