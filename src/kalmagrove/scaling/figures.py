@@ -219,7 +219,7 @@ def _label_few_ticks(axis: Axis, limits: tuple[float, float]) -> None:
 
 
 def _short_number(value: float) -> str:
-    if value >= 1e10:
+    if value >= 1e9:
         return f"{value:.0e}".replace("e+", "e")
     number, _, unit = format_count(value).partition(" ")
     return f"{value:g}" if value < 1e3 else f"{float(number):g} {unit}"
