@@ -32,7 +32,7 @@ from kalmagrove.compression.calibration import CalibrationText, loss_of, read_ca
 from kalmagrove.compression.compress import fit_layers
 from kalmagrove.compression.direct import fit_directly, put_in
 from kalmagrove.compression.measures import measure
-from kalmagrove.compression.model import dense_weight, has_bias
+from kalmagrove.compression.model import has_bias
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import CompressOptions
 from kalmagrove.compression.planning import make_plan
@@ -42,6 +42,7 @@ from kalmagrove.compression.source import open_source
 from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
 from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.models.merging import dense_weight
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = {"wikitext": DATA / "wikitext" / "test.txt.xz", "textbooks": DATA / "textbooks" / "test.txt.xz"}

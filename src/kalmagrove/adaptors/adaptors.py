@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmagrove.adaptors.bases import Bases, singular_bases
-from kalmagrove.adaptors.layers import adaptable_layers, dense_weight, with_change
+from kalmagrove.adaptors.layers import adaptable_layers, with_change
 from kalmagrove.adaptors.naming import check_name
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.models.merging import dense_weight
 
 Cores = dict[str, nn.Parameter]
 CoreForm = Literal["dense", "diagonal"]
@@ -233,14 +234,14 @@ class Adaptors:
             raise UsageError("no adaptor is on; choose one with set_adaptor before it is merged")
         changed = {name: with_change(layer, self.change(self.active, name)) for name, layer in self.layers.items()}
         for name, layer in changed.items():
-            _put(self.model, name, layer)
+            self.model.set_submodule(name, layer)
         self.merged = self.active
 
     def unmerge(self) -> None:
         """Puts the base's own layers back; does nothing where none is merged."""
         if self.merged is not None:
             for name, layer in self.layers.items():
-                _put(self.model, name, layer)
+                self.model.set_submodule(name, layer)
             self.merged = None
 
     def _factors(self, name: str, layer: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,8 +319,3 @@ def _added_up(cores: Sequence[Tensor]) -> Tensor:
     for core in cores:
         total[: len(core), : len(core)] += core
     return total
-
-
-def _put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, layer)

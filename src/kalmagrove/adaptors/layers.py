@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.models.merging import dense_weight
 from kalmagrove.nn.grove import GroveLinear
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.statistics import is_transposed_linear
@@ -40,16 +41,6 @@ def is_adaptable(layer: nn.Module) -> bool:
 
 def _has_matrix(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
-
-
-@torch.no_grad()
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The matrix that a layer multiplies by, (outputs, inputs), however it is stored."""
-    if isinstance(layer, GroveLinear):
-        return layer.merged_weight()
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if is_transposed_linear(layer) else weight
 
 
 @torch.no_grad()

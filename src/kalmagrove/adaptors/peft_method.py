@@ -18,8 +18,9 @@ from peft.utils import register_peft_method
 from torch import Tensor, nn
 
 from kalmagrove.adaptors.bases import singular_bases
-from kalmagrove.adaptors.layers import adaptable_layers, dense_weight, is_adaptable, with_change
+from kalmagrove.adaptors.layers import adaptable_layers, is_adaptable, with_change
 from kalmagrove.adaptors.options import AdaptorOptions
+from kalmagrove.models.merging import dense_weight
 from kalmagrove.nn.grove import GroveBank
 
 METHOD = "kalmagrove"

@@ -7,13 +7,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import make_parser, parse, say
 from kalmagrove.compression.options import CompressOptions
+from kalmagrove.live_display import LiveDisplay
 from kalmagrove.training.config import parse_count
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ _ROWS = {
 }
 
 
-class _Bar:
+class _Bar(LiveDisplay):
     """Called with a stage and the part of it that is done: a live bar on a terminal, a line now and then elsewhere."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ class _Bar:
         from rich.progress import Progress
 
         console = Console(stderr=True)
-        self._live = Progress(console=console) if console.is_terminal else None
+        super().__init__(Progress(console=console) if console.is_terminal else None)
         self._tasks: dict[str, Any] = {}
         self._last_line = time.monotonic()
 
@@ -128,14 +128,3 @@ class _Bar:
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(f"{stage}: {done:.0%}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -147,13 +148,7 @@ def describe(options: Any) -> dict[str, Any]:
         "world_size": options.world_size,
         "parallel": options.parallel,
         "activation_checkpointing": options.activation_checkpointing,
-        "parameters": {
-            "total": parameters.total,
-            "embedding": parameters.embedding,
-            "attention": parameters.attention,
-            "feed_forward": parameters.feed_forward,
-            "other": parameters.other,
-        },
+        "parameters": asdict(parameters),
         "training_flops_per_token": round(training_flops_per_token(config, length)),
         "training_memory_bytes": {
             "total": memory.total,

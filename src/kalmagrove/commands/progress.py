@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
-from typing import Self
+
+from kalmagrove.live_display import LiveDisplay
 
 SECONDS_BETWEEN_LINES = 5.0
 _STAGES = {"tokenizer": "training the tokeniser", "packing": "tokenising and packing"}
 
 
-class DataProgress:
+class DataProgress(LiveDisplay):
     """Called with a stage and the bytes of text that it has read; used as a context manager."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class DataProgress:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
-        self._live = (
+        super().__init__(
             Progress(
                 TextColumn("{task.description}"),
                 BarColumn(pulse_style="bar.pulse"),
@@ -40,14 +40,3 @@ class DataProgress:
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             print(f"{description}: {read}", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()

@@ -57,12 +57,10 @@ def run(words: Sequence[str]) -> None:
 
 def _run_scaling(words: Sequence[str]) -> None:
     options = parse(make_report_scaling_parser(), words)
-    from kalmagrove.scaling.pages import LAW_FOLDER
-    from kalmagrove.scaling.plan import read_fit
+    from kalmagrove.scaling.plan import find_fit, read_fit
     from kalmagrove.scaling.report import write_scaling_report
 
     summary = read_fit(options.folder)
-    fit_folder = options.folder / LAW_FOLDER if (options.folder / LAW_FOLDER).is_dir() else options.folder
-    folder = options.out or (fit_folder if fit_folder.is_dir() else fit_folder.parent)
+    folder = options.out or find_fit(options.folder).parent
     print(write_scaling_report(summary, folder), end="")
     print(f"\npicture: {folder / 'scaling.png'}")

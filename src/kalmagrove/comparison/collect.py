@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.comparison.config import BASELINE_FAMILIES, CompareConfig, Contestant
+from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.data.packing import PackedText
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
+from kalmagrove.training.config import BASELINE_FAMILIES
 from kalmagrove.training.run_folder import RunFolder
 
 TIMING_WARMUP = 10

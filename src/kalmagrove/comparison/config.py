@@ -14,10 +14,12 @@ from kalmagrove.training.config import (
     OptimConfig,
     OptimizerName,
     TrainConfig,
+    default_optimizer,
     parse_duration,
+    parse_list,
+    parse_seeds,
+    trial_scales,
 )
-
-BASELINE_FAMILIES = ("gpt2", "llama")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class CompareConfig:
         """
         if self.size not in SIZES:
             raise UsageError(f"unknown size {self.size!r}; sizes: {', '.join(SIZES)}")
-        presets = [name if name not in FAMILIES else f"{name}-{self.size}" for name in _items(self.models)]
+        presets = [name if name not in FAMILIES else f"{name}-{self.size}" for name in parse_list(self.models)]
         optims = self._optimizers(presets)
         if len(presets) < 2:
             raise UsageError(f"models needs at least two presets divided by commas, got {self.models!r}")
@@ -99,8 +101,8 @@ class CompareConfig:
     def _optimizers(self, presets: list[str]) -> list[OptimizerName]:
         families = [split_preset(preset)[0] for preset in presets]
         if self.optim is None:
-            return ["adamw" if family in BASELINE_FAMILIES else "kalma" for family in families]
-        given = _items(self.optim)
+            return [default_optimizer(family) for family in families]
+        given = parse_list(self.optim)
         chosen: list[OptimizerName] = [known for name in given for known in get_args(OptimizerName) if known == name]
         if len(chosen) != len(given):
             unknown = next(name for name in given if name not in get_args(OptimizerName))
@@ -119,15 +121,11 @@ class CompareConfig:
         Raises:
             UsageError: One is not a whole number, or comes twice.
         """
-        items = _items(self.seeds)
-        seeds = [int(item) for item in items if item.isdecimal()]
-        if not seeds or len(seeds) < len(items) or len(set(seeds)) < len(seeds):
-            raise UsageError(f"seeds must be different whole numbers divided by commas, got {self.seeds!r}")
-        return seeds
+        return parse_seeds(self.seeds)
 
     def scales(self) -> list[float]:
         """Factors on the learning rates that are tried: powers of two around one."""
-        return [2.0 ** (index - self.trials // 2) for index in range(self.trials)]
+        return trial_scales(self.trials)
 
     def train_config(self, contestant: Contestant, *, scale: float, seed: int, steps: int) -> TrainConfig:
         """The training run of one contestant."""
@@ -140,7 +138,3 @@ class CompareConfig:
             # Paired times need every step.
             loop=replace(self.loop, seed=seed, tokens=steps * self.loop.tokens_per_step, log_every=1),
         )
-
-
-def _items(text: str) -> list[str]:
-    return [item.strip() for item in text.split(",") if item.strip()]

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.layers import CompactBasis, CompactLinear
 from kalmagrove.compression.layerwise import Factors
-from kalmagrove.compression.model import CompressedForCausalLM, dense_weight, has_bias
+from kalmagrove.compression.model import CompressedForCausalLM, has_bias
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.sites import Matrix
+from kalmagrove.models.merging import dense_weight
 
 
 def compressed_config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -35,13 +36,7 @@ def describe_compressed(folder: str) -> dict[str, Any] | None:
         "name": folder,
         "architecture": config.text_config.model_type,
         "context_length": config.max_position_embeddings,
-        "parameters": {
-            "total": parameters.total,
-            "embedding": parameters.embedding,
-            "attention": parameters.attention,
-            "feed_forward": parameters.feed_forward,
-            "other": parameters.other,
-        },
+        "parameters": asdict(parameters),
         "forward_flops_per_token": 2 * multiplications(model),
         "factorised_matrices": len(readers),
         "bases": len(config.bases),

@@ -9,10 +9,10 @@ from transformers import PreTrainedModel
 
 from kalmagrove.compression.factorise import Compact, best_reader, compact_basis, spectrum_of
 from kalmagrove.compression.layerwise import Factors, sum_of
-from kalmagrove.compression.model import dense_weight
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments
+from kalmagrove.models.merging import dense_weight
 
 
 @torch.no_grad()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kalmagrove.compression.factorise import Compact, best_reader, compact_basis, spectrum_of
-from kalmagrove.compression.model import dense_weight
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments
 from kalmagrove.compression.stream import LayerStream
+from kalmagrove.models.merging import dense_weight
 
 RIDGE = 0.03
 """Of the regression on the compressed layers' outputs, relative to the mean power of the input."""

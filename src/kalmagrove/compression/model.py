@@ -86,12 +86,6 @@ def has_bias(layer: nn.Module) -> bool:
     return getattr(layer, "bias", None) is not None
 
 
-def dense_weight(layer: nn.Module) -> Tensor:
-    """The matrix (out_features, in_features) of a linear layer, of GPT-2's too."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
-
-
 @torch.no_grad()
 def to_dense(model: CompressedForCausalLM) -> PreTrainedModel:
     """The same function in the source's own architecture, the factors multiplied out.

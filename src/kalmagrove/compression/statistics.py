@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kalmagrove.compression.model import dense_weight
 from kalmagrove.compression.sites import Matrix
+from kalmagrove.models.merging import dense_weight
 from kalmagrove.precision import autocast
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch import Tensor, nn
 
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.nn.grove import GroveLinear
+from kalmagrove.optim.statistics import is_transposed_linear
 
 
 @torch.no_grad()
@@ -28,6 +30,16 @@ def merge(model: KalmaGroveForCausalLM) -> KalmaGroveForCausalLM:
     merged.load_state_dict(weights, strict=True)
     merged.generation_config = copy.deepcopy(model.generation_config)
     return merged.train(model.training)
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The matrix that a layer multiplies by, (outputs, inputs), however it is stored: in factors, or transposed."""
+    if isinstance(layer, GroveLinear):
+        return layer.merged_weight()
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if is_transposed_linear(layer) else weight
 
 
 def _dense(config: KalmaGroveConfig) -> KalmaGroveConfig:

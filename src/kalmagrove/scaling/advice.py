@@ -91,7 +91,6 @@ def _described(
     if answer is None:
         return about | {"reached": False}
     speed = flops_per_second or family.flops_per_second
-    hours_of = (lambda flops: flops / speed / devices / 3600) if speed else (lambda flops: None)
     return about | {
         "reached": True,
         "size": answer.model.size or None,
@@ -106,7 +105,7 @@ def _described(
         "flops": answer.flops,
         "flops_interval": None if answer.flops_interval is None else list(answer.flops_interval),
         "flops_per_second": speed,
-        "hours": hours_of(answer.flops),
+        "hours": answer.flops / speed / devices / 3600 if speed else None,
         "memory_bytes": _memory(answer, models, devices),
         "flags": _flags(answer, models),
         "outside": list(answer.outside),

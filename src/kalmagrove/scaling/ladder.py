@@ -11,16 +11,20 @@ from typing import Any, get_args
 from kalmagrove.errors import UsageError
 from kalmagrove.models.presets import FAMILIES, preset_options
 from kalmagrove.training.config import (
+    BASELINE_FAMILIES,
     DataConfig,
     LoopConfig,
     ModelConfig,
     OptimConfig,
     OptimizerName,
     TrainConfig,
+    default_optimizer,
     parse_count,
+    parse_list,
+    parse_seeds,
+    trial_scales,
 )
 
-BASELINES = ("gpt2", "llama")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -145,7 +149,7 @@ class SweepConfig:
         Raises:
             UsageError: An architecture or optimiser is unknown, or a family comes twice.
         """
-        families = [_family(item.strip()) for item in self.families.split(",") if item.strip()]
+        families = [_family(item) for item in parse_list(self.families)]
         presets = [family.preset for family in families]
         # One optimiser for an architecture needs no mention.
         named = [f if presets.count(f.preset) > 1 else replace(f, name=f.preset) for f in families]
@@ -159,10 +163,7 @@ class SweepConfig:
         Raises:
             UsageError: One is not a whole number, or comes twice.
         """
-        items = [item.strip() for item in self.seeds.split(",") if item.strip()]
-        if not items or len(set(items)) < len(items) or not all(item.isdecimal() for item in items):
-            raise UsageError(f"seeds must be different whole numbers divided by commas, got {self.seeds!r}")
-        return [int(item) for item in items]
+        return parse_seeds(self.seeds)
 
     @property
     def token_counts(self) -> list[int]:
@@ -177,7 +178,7 @@ class SweepConfig:
 
     def scales(self) -> list[float]:
         """Factors on the learning rates that are tried: powers of two around one."""
-        return [2.0 ** (index - self.trials // 2) for index in range(self.trials)]
+        return trial_scales(self.trials)
 
     def transferred(self, best: float, size: str) -> float:
         """The factor at a size, from the best one at the smallest."""
@@ -200,7 +201,7 @@ class SweepConfig:
         width, layers = width_and_layers(rung.size)
         size: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "head_dim": self.head_dim}
         options = preset_options(rung.family.preset, size)
-        if rung.family.preset in BASELINES:
+        if rung.family.preset in BASELINE_FAMILIES:
             # Their heads fill the width.
             size["head_dim"] = width // max(1, width // self.head_dim)
         if rung.rank_ratio < 1:
@@ -225,7 +226,7 @@ def _family(text: str) -> Family:
     preset, _, optim = text.partition("+")
     if preset not in FAMILIES:
         raise UsageError(f"unknown family {preset!r}; families: {', '.join(FAMILIES)}")
-    chosen = optim or ("adamw" if preset in BASELINES else "kalma")
+    chosen = optim or default_optimizer(preset)
     for known in get_args(OptimizerName):
         if known == chosen:
             return Family(f"{preset}+{known}", preset, known)
@@ -304,12 +305,13 @@ def checks(config: SweepConfig, best: Mapping[str, float]) -> list[Rung]:
 
 def all_runs(config: SweepConfig, losses: Mapping[str, float]) -> list[Rung]:
     """Every different run that is known by now; those after the tuning follow from its losses."""
-    best = best_scales(config, losses)
-    return list({rung.key: rung for rung in [*trials(config), *rungs(config, best), *checks(config, best)]}.values())
+    return _different_runs(config, best_scales(config, losses))
 
 
 def planned_runs(config: SweepConfig, losses: Mapping[str, float]) -> list[Rung]:
     """Every run; those that wait for the tuning stand at the rates as they would be without it."""
-    best = {family.name: 1.0 for family in config.family_list()} | best_scales(config, losses)
-    known = [*all_runs(config, losses), *rungs(config, best), *checks(config, best)]
-    return list({rung.key: rung for rung in known}.values())
+    return _different_runs(config, {family.name: 1.0 for family in config.family_list()} | best_scales(config, losses))
+
+
+def _different_runs(config: SweepConfig, best: Mapping[str, float]) -> list[Rung]:
+    return list({rung.key: rung for rung in [*trials(config), *rungs(config, best), *checks(config, best)]}.values())

@@ -13,12 +13,11 @@ from kalmagrove.errors import UsageError
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.optim.build import build_optimizers
 from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
+from kalmagrove.scaling.costs import MEASURED_STEPS, WARMUP_STEPS
 from kalmagrove.scaling.ladder import Family, Rung, SweepConfig
 from kalmagrove.scaling.plan import Answer
 from kalmagrove.training.config import ModelConfig, OptimConfig
 
-WARMUP_STEPS, MEASURED_STEPS = 2, 10
-"""One of Kalma's refreshes falls into any ten steps."""
 MOST_PARAMETERS = 3e9
 
 

@@ -86,19 +86,29 @@ class Answer:
     outside: tuple[str, ...]
 
 
-def read_fit(path: Path) -> dict[str, Any]:
-    """A fit that ``kalmagrove scale fit`` wrote.
+def find_fit(path: Path) -> Path:
+    """The file of a fit that ``kalmagrove scale fit`` wrote.
 
     Args:
         path: Its folder, the folder of its sweep, or ``fit.json``.
 
     Raises:
-        KalmaGroveError: There is none, or it is damaged.
+        KalmaGroveError: There is none.
     """
     places = [path / FIT, path / LAW_FOLDER / FIT] if path.is_dir() else [path]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
         raise KalmaGroveError(f"{path} holds no {FIT}; make one with kalmagrove scale fit {path}")
+    return found
+
+
+def read_fit(path: Path) -> dict[str, Any]:
+    """A fit, see `find_fit`.
+
+    Raises:
+        KalmaGroveError: There is none, or it is damaged.
+    """
+    found = find_fit(path)
     try:
         summary = json.loads(found.read_bytes())
         families_of(summary)

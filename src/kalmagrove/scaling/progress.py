@@ -7,10 +7,10 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.live_display import LiveDisplay
 from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import Rung, SweepConfig, planned_runs
 from kalmagrove.scaling.share import Share, run_path
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_LOOKS = 2.0
 _MOST_SHOWN = 4
 
 
-class SweepProgress:
+class SweepProgress(LiveDisplay):
     """Shows the part of a ladder's FLOPs that is done; used as a context manager.
 
     Args:
@@ -40,11 +40,12 @@ class SweepProgress:
         self._started, self._looked = time.monotonic(), 0.0
         self._part_at_start: float | None = None
         console = Console(stderr=True)
-        self._live: Progress | None = None
+        live: Progress | None = None
         if console.is_terminal and not console.is_dumb_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-            self._live = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, redirect_stdout=False)
-        self._task = None if self._live is None else self._live.add_task("runs", total=1.0, left="")
+            live = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, redirect_stdout=False)
+        super().__init__(live)
+        self._task = None if live is None else live.add_task("runs", total=1.0, left="")
 
     def say(self, line: str) -> None:
         """A finished run, with how far the whole is."""
@@ -101,12 +102,4 @@ class SweepProgress:
 
     def __enter__(self) -> Self:
         self._look()
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        return super().__enter__()

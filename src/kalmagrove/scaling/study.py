@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError
@@ -176,8 +175,3 @@ class StudyClaim:
         import optuna
 
         self._study.tell(self._trial, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
-
-
-def storage_path(storage: str) -> str:
-    """The storage as it may be opened from any folder."""
-    return storage if "://" in storage else str(Path(storage).resolve())

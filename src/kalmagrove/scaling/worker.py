@@ -82,7 +82,8 @@ def known_losses(config: SweepConfig, share: Share) -> tuple[dict[str, float], d
     """Validation losses of the trials, and the outcomes of all runs that are done."""
     of_trials = share.results(trials(config))
     losses = {key: loss_of(result) for key, result in of_trials.items()}
-    return losses, dict(share.results(all_runs(config, losses)))
+    others = (rung for rung in all_runs(config, losses) if rung.key not in of_trials)
+    return losses, of_trials | share.results(others)
 
 
 def loss_of(result: Mapping[str, Any]) -> float:

@@ -26,6 +26,9 @@ Precision = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
 TrackerName = Literal["tensorboard", "trackio"]
 
+BASELINE_FAMILIES = ("gpt2", "llama")
+"""Architectures that are what the others are compared with, trained as is usual."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -358,6 +361,34 @@ def parse_count(text: str | int) -> int:
     if match is None:
         raise UsageError(f"{text!r} is not a number of tokens; write for example 500k, 2m or 1.5b")
     return int(float(match[1]) * _SUFFIX[match[2]])
+
+
+def parse_list(text: str) -> list[str]:
+    """What stands between commas, without empty items."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Seeds divided by commas.
+
+    Raises:
+        UsageError: One is not a whole number, or comes twice.
+    """
+    items = parse_list(text)
+    seeds = [int(item) for item in items if item.isdecimal()]
+    if not seeds or len(seeds) < len(items) or len(set(seeds)) < len(seeds):
+        raise UsageError(f"seeds must be different whole numbers divided by commas, got {text!r}")
+    return seeds
+
+
+def trial_scales(trials: int) -> list[float]:
+    """Factors on the learning rates that are tried: powers of two around one."""
+    return [2.0 ** (index - trials // 2) for index in range(trials)]
+
+
+def default_optimizer(family: str) -> OptimizerName:
+    """The optimiser of an architecture where none is named."""
+    return "adamw" if family in BASELINE_FAMILIES else "kalma"
 
 
 def parse_duration(text: str) -> float:

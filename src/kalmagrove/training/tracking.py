@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from kalmagrove.files import finite_or_null, fsync_file
+from kalmagrove.live_display import LiveDisplay
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import TaskID
 
 DRAWINGS_A_SECOND = 4
 """Of the live bar; at the 10 that are usual, drawing takes a core 1 to 2 % of its time."""
@@ -62,7 +63,7 @@ class MetricsWriter:
             fsync_file(self._path)
 
 
-class ProgressBar:
+class ProgressBar(LiveDisplay):
     """Show on stderr how far a run is, as a live bar on a terminal and as a plain line a minute elsewhere:
     the first at once, the last at the end.
 
@@ -97,7 +98,7 @@ class ProgressBar:
         self._started_at = clock()
         self._last_line_at: float | None = None
         self._unprinted_line: str | None = None
-        self._live: Progress | None = None
+        super().__init__(None)
         self._task: TaskID | None = None
         if not quiet:
             self._prepare_live_display()
@@ -121,15 +122,12 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         self._started_at = self._clock()
-        if self._live is not None:
-            self._live.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._live is not None:
-            self._live.stop()
+        super().__exit__(kind, error, traceback)
         self._print_line()
 
     def _print_line(self) -> None:
