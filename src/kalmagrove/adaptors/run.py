@@ -16,6 +16,7 @@ from kalmagrove.adaptors.gradients import text_bases
 from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptConfig, AdaptorOptions
 from kalmagrove.adaptors.storage import ADAPTOR_FOLDER, save_adaptor
 from kalmagrove.data.packing import PackedText
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import load_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
@@ -95,6 +96,7 @@ class AdaptorRun(TrainingRun):
     """
 
     config: AdaptConfig
+    data: PackedText
     adaptors: Adaptors
 
     def _make_model(self) -> None:
@@ -120,7 +122,8 @@ class AdaptorRun(TrainingRun):
             # The run's own batches, counted from its end, so that they are none of its first.
             steps = range(loop.total_steps, loop.total_steps + count)
             rows = loop.micro_batch_size or loop.batch_size
-            parts = (part.to(self.device) for step in steps for part in self.batch(step).split(rows))
+            batches = (batch for step in steps if isinstance(batch := self.batch(step), Tensor))
+            parts = (part.to(self.device) for batch in batches for part in batch.split(rows))
             bases = text_bases(model, self.adaptors.layers, parts, partial(_loss_sum, model), options.rank)
             self.adaptors.add_adaptor(options.name, core=options.core, bases=bases)
 
@@ -174,8 +177,8 @@ class AdaptorSession(TrainingSession):
 
     run: AdaptorRun
 
-    def _make_run(self, config: TrainConfig, data: PackedText, world: World) -> AdaptorRun:
-        assert isinstance(config, AdaptConfig)
+    def _make_run(self, config: TrainConfig, data: TrainingData, world: World) -> AdaptorRun:
+        assert isinstance(config, AdaptConfig) and isinstance(data, PackedText)
         return AdaptorRun(config, data, world)
 
     def export(self) -> Path:

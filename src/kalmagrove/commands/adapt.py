@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from kalmagrove.adaptors.options import AdaptConfig, AdaptorOptions, BaseConfig
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
+from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
 from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, TrackerName
 
 SHORT = {f"--{name}": f"--loop.{name}" for name in ("tokens", "seed")} | {"--lr": "--optim.lr"}
@@ -92,7 +92,7 @@ def run(words: Sequence[str]) -> None:
         loop=options.loop,
         track=options.track,
     )
-    _show(adapt(config, open_data(config.data), folder, say=say), folder, as_json=options.json)
+    _show(adapt(config, open_text(config.data), folder, say=say), folder, as_json=options.json)
 
 
 def _show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:

@@ -13,14 +13,14 @@ from kalmagrove.commands.parsing import build, make_parser, open_data, parse, sa
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.errors import UsageError
 
-SHORT = {"--data": "--data.source", "--tokens": "--loop.tokens"}
+SHORT = {"--data": "--data.source", "--modality": "--data.modality", "--tokens": "--loop.tokens"}
 EXAMPLES = """\
   kalmagrove compare --budget 10m --out runs/demo
   kalmagrove compare --data book.txt --tokens 20m --seeds 0,1,2 --trials 3 --out runs/book
   kalmagrove compare --models gpt2,llama,llama-plus,slim,kalmagrove --size mini --tokens 4m --out runs/five
   kalmagrove compare --models llama,kalmagrove --optim kalma --tokens 4m --out runs/same-optimiser
 
---data and --tokens are short for --data.source and --loop.tokens.
+--data, --modality and --tokens are short for --data.source, --data.modality and --loop.tokens.
 The same command in the same folder goes on where it stopped."""
 
 

@@ -17,8 +17,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from kalmagrove.commands.progress import DataProgress
-from kalmagrove.data.packing import PackedText, default_data_folder, is_packed, open_packed, prepare
+from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.data.synthetic.options import is_synthetic
+from kalmagrove.data.training_data import TrainingData, is_training_data, open_training_data
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
 
@@ -96,29 +97,42 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def open_data(config: DataConfig, *, may_prepare: bool = True) -> PackedText:
-    """The packed text of a configuration: reused where it was made before, else made now.
+def open_text(config: DataConfig) -> PackedText:
+    """As :func:`open_data`, for what takes text alone.
+
+    Raises:
+        UsageError: The data is something else, or as for :func:`open_data`.
+    """
+    data = open_data(config)
+    if not isinstance(data, PackedText):
+        raise UsageError(f"this command takes text; {config.source} is a {data.modality}")
+    return data
+
+
+def open_data(config: DataConfig, *, may_prepare: bool = True) -> TrainingData:
+    """The packed data of a configuration: reused where it was made before, else made now.
 
     A source that is itself a packed folder, as one that was copied from another machine, is taken as it is.
 
     Args:
-        config: Which text.
+        config: Which data.
         may_prepare: Whether it may be made now.
 
     Raises:
         UsageError: An option asks for what a packed folder has decided already, or there is none and none may be made.
     """
-    if config.source is not None and is_packed(Path(config.source).expanduser()):
-        packed = open_packed(Path(config.source).expanduser())
+    if config.source is not None and is_training_data(Path(config.source).expanduser()):
+        packed = open_training_data(Path(config.source).expanduser())
         _require_left_out(config, f"data.source {config.source} is packed already, with", packed.vocab_size)
         return packed
+    if config.modality != "text":
+        return _open_examples(config, may_prepare)
     if is_synthetic(config.source):
         _require_left_out(config, f"data.source {config.source} comes with")
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )
-    if not may_prepare and not folder.exists():
-        raise UsageError(f"the packed text {folder} is not here; run this in the folder where it was made")
+    _require_here(folder, may_prepare)
     with DataProgress() as progress:
         return prepare(
             config.source,
@@ -128,6 +142,24 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> PackedText:
             seed=config.seed,
             progress=progress,
         )
+
+
+def _open_examples(config: DataConfig, may_prepare: bool) -> TrainingData:
+    from kalmagrove.data.example_sources import default_examples_folder, example_source
+    from kalmagrove.data.example_store import prepare_examples
+
+    assert config.source is not None
+    options = config.modality_options()
+    folder = default_examples_folder(config.modality, config.source, config.seed, options, root=Path(config.folder))
+    _require_here(folder, may_prepare)
+    with DataProgress() as progress:
+        source = example_source(config.modality, config.source, seed=config.seed, options=options)
+        return prepare_examples(source, folder, progress=progress)
+
+
+def _require_here(folder: Path, may_prepare: bool) -> None:
+    if not may_prepare and not folder.exists():
+        raise UsageError(f"the packed data {folder} is not here; run this in the folder where it was made")
 
 
 def _require_left_out(config: DataConfig, reason: str, vocab_size: int | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, open_data, parse, say
+from kalmagrove.commands.parsing import make_parser, open_text, parse, say
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig, parse_count
 
@@ -93,4 +93,4 @@ def _unique_tokens(options: Namespace, models: dict[str, Any] | None) -> float |
     if options.data is None:
         return None
     vocab_size = DataConfig().vocab_size if models is None else int(models["vocab_size"])
-    return float(open_data(DataConfig(source=options.data, vocab_size=vocab_size)).splits["train"].tokens)
+    return float(open_text(DataConfig(source=options.data, vocab_size=vocab_size)).splits["train"].tokens)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
+from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
 from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import SweepConfig
 
@@ -65,7 +65,7 @@ def run(words: Sequence[str]) -> None:
     if world_of_environment().size > 1:
         raise UsageError("scale sweep has workers of its own (--workers); start it without torchrun")
     keep_freed_memory()
-    data = open_data(config.data)
+    data = open_text(config.data)
     workers = options.workers or default_workers()
     if options.dry_run:
         _show_costs(config, data, workers, options.flops_per_second, as_json=options.json)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SHORT = {
     "--data": "--data.source",
+    "--modality": "--data.modality",
     "--preset": "--model.preset",
     **{f"--{name}": f"--loop.{name}" for name in ("tokens", "seed", "save_every", "compile")},
 }
@@ -32,8 +33,8 @@ EXAMPLES = """\
 
   kalmagrove train --nproc 4 --loop.parallel fsdp --preset kalmagrove-large --out runs/large
 
---data, --preset, --tokens, --seed, --save_every and --compile are short for --data.source, --model.preset,
---loop.tokens, --loop.seed, --loop.save_every and --loop.compile.
+--data, --modality, --preset, --tokens, --seed, --save_every and --compile are short for --data.source, --data.modality,
+--model.preset, --loop.tokens, --loop.seed, --loop.save_every and --loop.compile.
 The same command in the same folder goes on where it stopped, with any number of processes. For several machines:
 torchrun ... -m kalmagrove train ..."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.comparison.config import CompareConfig, Contestant
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
 from kalmagrove.training.config import BASELINE_FAMILIES
@@ -26,7 +26,7 @@ def run_path(folder: Path, contestant: Contestant, scale: float, seed: int) -> P
 
 def collect_results(
     config: CompareConfig,
-    data: PackedText,
+    data: TrainingData,
     folder: Path,
     *,
     plan: dict[str, Any],
@@ -91,12 +91,12 @@ def collect_results(
 
 
 def _model(
-    config: CompareConfig, data: PackedText, folder: Path, contestant: Contestant, plan: dict[str, Any]
+    config: CompareConfig, data: TrainingData, folder: Path, contestant: Contestant, plan: dict[str, Any]
 ) -> dict[str, Any]:
     steps, length = int(plan["steps"]), config.loop.context_length
     scale = float(plan.get("scales", {}).get(contestant.name, 1.0))
     train_config = config.train_config(contestant, scale=scale, seed=config.seed_list()[0], steps=steps)
-    options = {"vocab_size": data.vocab_size, "max_position_embeddings": length}
+    options = {**data.model_options(), "max_position_embeddings": length}
     decoder = model_config(contestant.preset, options)
     parameters = count_parameters(build_empty(decoder))
     runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]

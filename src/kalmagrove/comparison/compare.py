@@ -14,7 +14,7 @@ from kalmagrove.comparison.collect import collect_results, run_path
 from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
@@ -30,7 +30,7 @@ from kalmagrove.training.trainer import describe_run, evaluate_run
 Say = Callable[[str], None]
 
 
-def compare(config: CompareConfig, data: PackedText, folder: Path, *, command: str, say: Say) -> dict[str, Any]:
+def compare(config: CompareConfig, data: TrainingData, folder: Path, *, command: str, say: Say) -> dict[str, Any]:
     """Compares, or goes on where an earlier call of the same comparison stopped.
 
     Args:
@@ -74,7 +74,7 @@ class _Plan:
         write_json_atomic(self.path, self.values)
 
 
-def _tune(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, say: Say) -> None:
+def _tune(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, say: Say) -> None:
     """The same number of learning-rate trials for each contestant, judged on the validation split."""
     if "scales" in plan.values:
         return
@@ -98,7 +98,7 @@ def _rank_of_trial(trial: dict[str, Any]) -> float:
     return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
-def _final_runs(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, seed: int, say: Say) -> None:
+def _final_runs(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, seed: int, say: Say) -> None:
     """Trains every contestant on one seed; the test split is read here, once a run."""
     number, count = config.seed_list().index(seed) + 1, len(config.seed_list())
     with _sessions(config, data, folder, plan, plan.values["scales"], seed, say) as sessions:
@@ -122,7 +122,7 @@ def _final_runs(config: CompareConfig, data: PackedText, folder: Path, plan: _Pl
 @contextmanager
 def _sessions(
     config: CompareConfig,
-    data: PackedText,
+    data: TrainingData,
     folder: Path,
     plan: _Plan,
     scales: dict[str, float],
@@ -177,7 +177,7 @@ def _train_together(sessions: dict[str, TrainingSession], description: str) -> N
                 raise Interrupted(stop.number, "stopped and saved every run; the same command goes on from there")
 
 
-def _measure_memory(config: CompareConfig, data: PackedText, plan: _Plan, say: Say) -> None:
+def _measure_memory(config: CompareConfig, data: TrainingData, plan: _Plan, say: Say) -> None:
     known = {name for name, size in plan.values.get("memory", {}).items() if size is not None}
     if known == {contestant.name for contestant in config.contestants()}:
         return
@@ -191,7 +191,7 @@ def _measure_memory(config: CompareConfig, data: PackedText, plan: _Plan, say: S
     plan.update(memory={contestant.name: measured(contestant) for contestant in config.contestants()})
 
 
-def _write(config: CompareConfig, data: PackedText, folder: Path, plan: _Plan, command: str) -> dict[str, Any]:
+def _write(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, command: str) -> dict[str, Any]:
     results = collect_results(
         config,
         data,

@@ -45,12 +45,12 @@ def measure_training_memory(config: TrainConfig, data_folder: Path) -> int | Non
 
 
 def _measure(config: TrainConfig, data_folder: Path, answers: Any) -> None:
-    from kalmagrove.data.packing import open_packed
+    from kalmagrove.data.training_data import open_training_data
     from kalmagrove.precision import choose_device
     from kalmagrove.training.environment import peak_memory_bytes, reset_peak_memory
     from kalmagrove.training.run import TrainingRun
 
-    data = open_packed(data_folder, verify=False)
+    data = open_training_data(data_folder, verify=False)
     device = choose_device(config.loop.device)
     reset_peak_memory(device)
     before = peak_memory_bytes(device)

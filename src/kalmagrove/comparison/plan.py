@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 
 from kalmagrove.comparison.config import CompareConfig
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import parse_duration
 from kalmagrove.training.run import TrainingRun
@@ -17,7 +17,7 @@ TRAINING_PART = 0.8
 """Part of a budget that goes into training steps; the rest is for evaluations, saving and the report."""
 
 
-def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str], None]) -> int:
+def planned_steps(config: CompareConfig, data: TrainingData, *, say: Callable[[str], None]) -> int:
     """Steps of each run: those of ``loop.tokens``, or those that the budget is enough for.
 
     Raises:
@@ -39,7 +39,7 @@ def planned_steps(config: CompareConfig, data: PackedText, *, say: Callable[[str
     return steps
 
 
-def seconds_per_round(config: CompareConfig, data: PackedText) -> float:
+def seconds_per_round(config: CompareConfig, data: TrainingData) -> float:
     """Mean time of one step of every model, one after the other."""
     seed = config.seed_list()[0]
     steps = WARMUP_STEPS + MEASURED_STEPS

@@ -112,6 +112,14 @@ def evaluation_windows(tokens: np.ndarray, *, context_length: int, stride: int) 
             return
 
 
+@lru_cache(maxsize=4096)
+def shuffled_order(count: int, *key: int) -> np.ndarray:
+    """The numbers below ``count`` in an order that a key, such as seed and epoch, draws; (count,)."""
+    order = np.argsort(np.random.PCG64(np.random.SeedSequence(list(key))).random_raw(count), kind="stable")
+    order.flags.writeable = False
+    return order
+
+
 @lru_cache(maxsize=4)
 def _epoch(windows: int, seed: int, epoch: int) -> tuple[int, np.ndarray]:
     """A random number for the offset, and the order of the windows, (windows,)."""

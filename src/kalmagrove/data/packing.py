@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from kalmagrove.data.batches import batch_at, window_count
 from kalmagrove.data.pieces import make_encoder
 from kalmagrove.data.sources import (
     COMPRESSION_SUFFIXES,
@@ -45,6 +46,7 @@ from kalmagrove.files import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from tokenizers import Tokenizer
 
 _Value = TypeVar("_Value")
@@ -107,6 +109,38 @@ class PackedText:
             split: train, valid or test.
         """
         return np.memmap(_token_file(self.folder, split), dtype=_STORED_TYPES[self.dtype], mode="r")
+
+    def model_options(self) -> dict[str, Any]:
+        """What a model's configuration takes from its data."""
+        return {"vocab_size": self.vocab_size}
+
+    def check_context(self, context_length: int) -> None:
+        """That the training text is long enough for one window.
+
+        Raises:
+            KalmaGroveError: It is not.
+        """
+        window_count(self.splits["train"].tokens, context_length)
+
+    def batch(
+        self,
+        split: str,
+        *,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        step: int,
+        rows: range | None = None,
+    ) -> torch.Tensor:
+        """The batch of one training step, (rows, context + 1): `batch_at`."""
+        import torch
+
+        place: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "step": step, "rows": rows}
+        return torch.from_numpy(batch_at(self.tokens(split), context_length=context_length, **place))
+
+    def save_beside_model(self, folder: Path, *, context_length: int) -> None:
+        """Writes the tokeniser into a model's folder."""
+        save_tokenizer(self.load_tokenizer(), folder, context_length=context_length)
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokeniser that made the tokens.

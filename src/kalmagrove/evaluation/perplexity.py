@@ -27,6 +27,7 @@ class Scores:
         tokens: Tokens that were scored: all but the first.
         optimum: Nats a token of the best possible predictor on the same windows, where it is known: of synthetic tasks.
         recall: Of the answers of a recall task, as `summarize_recall` says.
+        kinds: Of examples that are no text: ``nats`` and ``elements`` of tokens and of each modality.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class Scores:
     tokens: int
     optimum: float | None = None
     recall: dict[str, Any] | None = None
+    kinds: dict[str, Any] | None = None
 
     @property
     def excess(self) -> float | None:

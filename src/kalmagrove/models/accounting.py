@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kalmagrove.modalities.registry import make_modality
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.projections import grove_rank, is_grove, projection_sizes, shared_sides
@@ -41,7 +42,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _part_of(name: str) -> str:
     # A compressed model's bases are named after the matrices that read them, with dashes for dots.
     name = name.replace("-", ".")
-    if any(key in name for key in ("embed", "lm_head", "wte", "wpe")):
+    if any(key in name for key in ("embed", "lm_head", "modalities", "wte", "wpe")):
         return "embedding"
     if any(key in name for key in ("gate_proj", "up_proj", "down_proj", "mlp.")):
         return "feed_forward"
@@ -60,8 +61,9 @@ def forward_macs_per_token(config: KalmaGroveConfig, context_length: int) -> flo
     """Multiply-accumulates of the forward for one token, averaged over a context of that length.
 
     Counted: projections, attention scores and mixing over the keys that a query can see, short convolutions and the
-    output head; of Grove's projections the cheaper path for one sequence, with its share of composing W. Left out:
-    norms and other elementwise work, and the multiplication of weights with diagonal cores.
+    output head, and encoders and heads of other modalities as if every token were of each; of Grove's projections the
+    cheaper path for one sequence, with its share of composing W. Left out: norms and other elementwise work, and the
+    multiplication of weights with diagonal cores.
     """
     layer = 0.0
     for name, (in_features, out_features) in projection_sizes(config).items():
@@ -70,6 +72,7 @@ def forward_macs_per_token(config: KalmaGroveConfig, context_length: int) -> flo
     layer += 2 * config.short_conv * config.attention_width
     rank = config.embedding_rank
     embedding = 2 * config.hidden_size * rank if rank is not None else 0
+    embedding += sum(make_modality(n, config.hidden_size, o).macs for n, o in config.modalities.items())
     return config.num_hidden_layers * layer + embedding + (rank or config.hidden_size) * config.vocab_size
 
 

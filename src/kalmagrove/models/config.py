@@ -61,6 +61,8 @@ class KalmaGroveConfig(PretrainedConfig):
         initializer_range: Standard deviation of initial weights.
         tie_word_embeddings: Whether the output head is the token embedding.
         adaptors: Names of the task cores that the model has.
+        modalities: What a sequence holds beside words: by name of the modality its options, the placeholder token
+            among them.
 
     Raises:
         ValueError: A choice is unknown or sizes do not fit together.
@@ -102,6 +104,7 @@ class KalmaGroveConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         tie_word_embeddings: bool = True,
         adaptors: list[str] | None = None,
+        modalities: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
@@ -135,6 +138,7 @@ class KalmaGroveConfig(PretrainedConfig):
         self.embedding_rank = embedding_rank
         self.initializer_range = initializer_range
         self.adaptors = list(adaptors or [])
+        self.modalities = dict(modalities or {})
         self.use_cache = kwargs.pop("use_cache", True)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         self._check()

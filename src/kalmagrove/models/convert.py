@@ -41,6 +41,7 @@ _PLAIN = {
     "embedding_residual": False,
     "embedding_rank": None,
     "document_mask": False,
+    "modalities": {},
 }
 _FAMILY: dict[Stock, dict[str, Any]] = {
     "gpt2": {"norm": "layernorm", "feed_forward": "gelu", "positions": "learned", "bias": True},

@@ -17,6 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
+from kalmagrove.modalities.modality import Modality
+from kalmagrove.modalities.patch import PatchModality
+from kalmagrove.modalities.registry import make_modality
+from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
 from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
@@ -109,7 +113,7 @@ class KalmaGrovePreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, GroveLinear | ShortConvolution | BlockPooling):
+        elif isinstance(module, GroveLinear | ShortConvolution | BlockPooling | PatchModality):
             module.reset_parameters()
         elif isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
@@ -135,6 +139,9 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
             self.embed_proj = nn.Linear(rank, config.hidden_size, bias=False)
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.modalities = nn.ModuleDict(
+            {name: make_modality(name, config.hidden_size, options) for name, options in config.modalities.items()}
+        )
         self.bases = GroveBases(config) if config.projections == "grove" else None
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer, self.bases) for layer in range(config.num_hidden_layers)
@@ -154,17 +161,21 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         cache: DecodingCache | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
+        features: dict[str, Tensor] | None = None,
+        axes: Tensor | None = None,
         **_: Any,
     ) -> BaseModelOutput:
         """Hidden states (batch, sequence, hidden) of ``input_ids`` (batch, sequence).
 
-        With ``output_hidden_states`` also the embedding's and each layer's output, the last one normed.
+        With ``output_hidden_states`` also the embedding's and each layer's output, the last one normed. ``features``
+        and ``axes`` are those of :class:`~kalmagrove.modalities.sequences.Sequences`.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_rank is not None:
             # The residual stream is as precise as without a factor, under autocast too.
             x = self.embed_proj(x).to(x.dtype)
-        where = self._placement(x, input_ids, cache)
+        x = self._with_elements(x, input_ids, features)
+        where = self._placement(x, input_ids, cache, axes)
         if self.config.positions == "learned":
             x = x + self.embed_positions(where.positions.clamp(min=0))
         embedded, first_values = x, None
@@ -180,7 +191,21 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         hidden_states = (*states[:-1], normed) if output_hidden_states else None
         return BaseModelOutput(last_hidden_state=normed, hidden_states=hidden_states)
 
-    def _placement(self, x: Tensor, input_ids: Tensor | None, cache: DecodingCache | None) -> Placement:
+    def _with_elements(self, x: Tensor, input_ids: Tensor | None, features: dict[str, Tensor] | None) -> Tensor:
+        """``x`` (batch, sequence, hidden) with each modality's elements in the place of their placeholders."""
+        for name, modality in self.modalities.items():
+            assert isinstance(modality, Modality)
+            if features is None or name not in features or input_ids is None:
+                continue
+            chosen = input_ids == modality.placeholder
+            # Kalma's statistics of no element would have no meaning.
+            if bool(chosen.any()):
+                x = x.index_put((chosen,), modality.encode(features[name][chosen]).to(x.dtype))
+        return x
+
+    def _placement(
+        self, x: Tensor, input_ids: Tensor | None, cache: DecodingCache | None, axes: Tensor | None
+    ) -> Placement:
         """Where the tokens of ``x`` (batch, sequence, hidden) stand, in their texts and in their documents."""
         config, length = self.config, x.shape[1]
         seen, padding = (0, None) if cache is None else (cache.length, cache.padding)
@@ -189,7 +214,13 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
                 f"the text is {seen + length} tokens long, the model's context is {config.max_position_embeddings}; "
                 "shorten it or build the model with a larger max_position_embeddings"
             )
-        where = placement(length, x.device, seen=seen, padding=padding)
+        if axes is None and cache is not None:
+            axes = cache.following_axes(length)
+        if axes is not None:
+            if padding is not None:
+                raise ValueError("axes are for texts that begin together; leave out padding before them")
+            axes = axes if cache is None else cache.add_axes(axes)
+        where = placement(length, x.device, seen=seen, padding=padding, axes=axes)
         if not config.document_mask:
             return where
         end = getattr(config, "eos_token_id", None)
@@ -200,7 +231,7 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         starts, following = document_starts(is_end, where.positions, before)
         if cache is not None:
             cache.document_start = following
-        return placement(length, x.device, seen=seen, padding=padding, document_starts=starts)
+        return placement(length, x.device, seen=seen, padding=padding, document_starts=starts, axes=axes)
 
 
 class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
@@ -259,6 +290,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
         return_dict: bool | None = None,
+        features: dict[str, Tensor] | None = None,
+        axes: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits (batch, sequence, vocabulary), and the mean loss in nats where ``labels`` are given.
@@ -276,6 +309,8 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             logits_to_keep: Only the last so many positions get logits; 0, and with ``labels``, is all.
             output_hidden_states: Whether to give the hidden states of every layer too.
             return_dict: False gives a tuple in the place of named outputs.
+            features: For each modality (batch, sequence, size), what its placeholders stand for.
+            axes: Row and column of each token, (batch, sequence, 2); None is one line.
 
         Raises:
             ValueError: The mask has holes, or the text is longer than the context.
@@ -295,8 +330,15 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         elif padding is not None:
             # Without a cache the texts are moved to the front: what follows them cannot be seen.
             input_ids, inputs_embeds = (None if t is None else _moved(t, padding) for t in (input_ids, inputs_embeds))
+        if padding is not None and (features or axes is not None):
+            raise ValueError("features and axes are for texts without padding before them; put it behind the texts")
         outputs = self.model(
-            input_ids, cache=cache, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
+            input_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            features=features,
+            axes=axes,
         )
         if cache is None and padding is not None:
             outputs = _moved_back(outputs, padding)
@@ -310,13 +352,37 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         # Frameworks that wrap a model say None where their user said nothing.
         return result.to_tuple() if return_dict is False else result
 
-    def token_loss_sum(self, input_ids: Tensor, targets: Tensor) -> Tensor:
+    def token_loss_sum(self, input_ids: Tensor | Sequences, targets: Tensor | Sequences) -> Tensor:
         """Sum of the nats of ``targets`` (batch, sequence) given ``input_ids`` (batch, sequence).
 
         The logits are made and reduced in slices, so that they never lie in memory as a whole.
         """
+        if isinstance(input_ids, Sequences):
+            assert isinstance(targets, Sequences)
+            return torch.stack([nats.sum() for nats in self.nats_by_kind(input_ids, targets).values()]).sum()
+        assert isinstance(targets, Tensor)
         hidden = self.model(input_ids).last_hidden_state
         return linear_cross_entropy(self.before_head(hidden).flatten(0, 1), self.output_weight(), targets.flatten())
+
+    def nats_by_kind(self, inputs: Sequences, targets: Sequences) -> dict[str, Tensor]:
+        """What the weighted tokens of ``targets`` cost: the sum for ``token``, each element for each modality.
+
+        An element costs its placeholder, which is a token, and what the modality's head says about its features.
+
+        Args:
+            inputs: (batch, sequence).
+            targets: What follows each of them, (batch, sequence).
+        """
+        hidden = self.model(inputs.tokens, features=inputs.features, axes=inputs.axes).last_hidden_state
+        counted = targets.weights > 0
+        hidden, tokens = hidden[counted], targets.tokens[counted]
+        nats = {"token": linear_cross_entropy(self.before_head(hidden), self.output_weight(), tokens)}
+        for name, modality in self.model.modalities.items():
+            assert isinstance(modality, Modality)
+            chosen = tokens == modality.placeholder
+            if name in targets.features and bool(chosen.any()):
+                nats[name] = modality.nats(hidden[chosen], targets.features[name][counted][chosen])
+        return nats
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, with Grove's weights made once."""
@@ -335,6 +401,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             "cache": cache,
             "attention_mask": kwargs.get("attention_mask"),
             "logits_to_keep": 1,
+            **({name: kwargs.get(name) for name in ("features", "axes")} if seen == 0 else {}),
         }
 
     def _prepare_cache_for_generation(

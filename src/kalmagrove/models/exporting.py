@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "modality.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",

@@ -147,7 +147,7 @@ class MultiResolutionAttention(nn.Module):
             gain = self.query_gain[head : head + resolution.num_heads] if self.qk_norm else None
             head += resolution.num_heads
             q, k, v = (_to_heads(t, resolution.head_dim) for t in (group_query, group_key, group_value))
-            q = self._place(q, where.positions, gain)
+            q = self._place(q, where.turns(where.positions), gain)
             if state is None:
                 output = self._attend_whole(index, q, k, v, where)
             else:
@@ -175,11 +175,11 @@ class MultiResolutionAttention(nn.Module):
     def _attend_whole(self, group: int, query: Tensor, key: Tensor, value: Tensor, where: Placement) -> Tensor:
         """The whole text at once."""
         resolution = self.resolutions[group].used(query.shape[2])
-        keys, values = [self._place(key, where.positions)], [value]
+        keys, values = [self._place(key, where.turns(where.positions))], [value]
         for scale, (stride, _) in resolution.coarse:
             pooled_key, pooled_value = self.pools[_pool_name(group, scale)](key, value)
             ends = (torch.arange(pooled_key.shape[2], device=key.device) + 1) * stride - 1
-            keys.append(self._place(pooled_key, ends))
+            keys.append(self._place(pooled_key, where.turns(ends)))
             values.append(pooled_value)
         return attend(resolution, query, keys, values, where.starts)
 
@@ -189,7 +189,7 @@ class MultiResolutionAttention(nn.Module):
         """New tokens against what the cache remembers; the cache then forgets what no later query can see."""
         resolution = self.resolutions[group]
         memory = GroupMemory(state, f"{group}.", resolution, where)
-        seen = [memory.add_tokens(self._place(key, where.positions), value)]
+        seen = [memory.add_tokens(self._place(key, where.turns(where.positions)), value)]
         if resolution.coarse:
             recent = memory.add_recent(key, value)
             seen += [

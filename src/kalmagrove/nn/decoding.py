@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+_ROWS = ("padding", "document_start", "axes")
+"""What a cache keeps of each row beside its layers."""
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where the tokens of a forward stand.
@@ -19,12 +23,19 @@ class Placement:
             (batch, sequence), where padding is negative.
         padding: Tokens before each row's text, (batch,); None is none.
         starts: First position that each token may see, (batch, sequence); None is 0.
+        axes: Row and column of every token of the texts so far, these among them, (batch, seen + sequence, 2): what
+            rotary positions turn by, in the place of ``positions``; None is one line.
     """
 
     seen: int
     positions: Tensor
     padding: Tensor | None = None
     starts: Tensor | None = None
+    axes: Tensor | None = None
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """What rotary positions turn the tokens at ``positions`` by: these, or (batch, tokens, 2) on two axes."""
+        return positions if self.axes is None else self.axes[:, positions]
 
     @property
     def reach(self) -> Tensor | None:
@@ -39,6 +50,7 @@ def placement(
     seen: int = 0,
     padding: Tensor | None = None,
     document_starts: Tensor | None = None,
+    axes: Tensor | None = None,
 ) -> Placement:
     """The placement of ``length`` tokens that follow ``seen`` others.
 
@@ -48,10 +60,11 @@ def placement(
         seen: Tokens before them, padding included.
         padding: Tokens before each row's text, (batch,).
         document_starts: Position of the first token of each token's document, (batch, sequence).
+        axes: Of all tokens so far, (batch, seen + length, 2); for texts without padding.
     """
     positions = torch.arange(seen, seen + length, device=device)
     if padding is None:
-        return Placement(seen, positions, None, document_starts)
+        return Placement(seen, positions, None, document_starts, axes)
     positions = positions - padding[:, None]
     # A padding token sees itself alone: with nothing to see its values would not be numbers.
     starts = torch.zeros_like(positions) if document_starts is None else document_starts
@@ -87,6 +100,7 @@ class DecodingCache:
         length: Tokens seen so far, padding included.
         padding: Tokens before each row's text, (batch,); None is none.
         document_start: Where the document of the next token begins, (batch,); None where documents are not told apart.
+        axes: Row and column of all tokens seen so far, (batch, tokens, 2); None is one line.
     """
 
     # Read by transformers' generate(): no fixed size, no linear-attention layer.
@@ -98,6 +112,30 @@ class DecodingCache:
         self.length = 0
         self.padding: Tensor | None = None
         self.document_start: Tensor | None = None
+        self.axes: Tensor | None = None
+
+    def add_axes(self, axes: Tensor) -> Tensor:
+        """Remembers rows and columns of new tokens, (batch, sequence, 2); returns those of all.
+
+        Raises:
+            ValueError: Earlier tokens had none.
+        """
+        known = 0 if self.axes is None else self.axes.shape[1]
+        if known != self.length:
+            raise ValueError(f"{self.length} tokens were seen and {known} of them with axes; give axes to all or none")
+        self.axes = axes if self.axes is None else torch.cat((self.axes, axes), dim=1)
+        return self.axes
+
+    def following_axes(self, length: int) -> Tensor | None:
+        """Rows and columns of ``length`` words that follow, (batch, length, 2): on from the largest so far.
+
+        None where the tokens so far are in one line.
+        """
+        if self.axes is None:
+            return None
+        first = self.axes.amax(dim=(1, 2)) + 1
+        words = first[:, None] + torch.arange(length, device=first.device)
+        return words[..., None].expand(-1, -1, 2)
 
     def get_seq_length(self, layer_index: int = 0) -> int:
         """Tokens seen so far, the same for every layer."""
@@ -108,7 +146,7 @@ class DecodingCache:
         for layer in self.layers:
             for name, tensor in layer.items():
                 layer[name] = tensor.index_select(0, beam_index.to(tensor.device))
-        for name in ("padding", "document_start"):
+        for name in _ROWS:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, beam_index.to(tensor.device)))
@@ -124,7 +162,7 @@ class DecodingCache:
         }
         tensors["length"] = torch.tensor(self.length)
         tensors["num_layers"] = torch.tensor(len(self.layers))
-        return tensors | {n: t for n in ("padding", "document_start") if (t := getattr(self, n)) is not None}
+        return tensors | {n: t for n in _ROWS if (t := getattr(self, n)) is not None}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> DecodingCache:
@@ -141,7 +179,7 @@ class DecodingCache:
         for name, tensor in tensors.items():
             if name in ("length", "num_layers"):
                 continue
-            if name in ("padding", "document_start"):
+            if name in _ROWS:
                 setattr(cache, name, tensor)
                 continue
             kind, _, rest = name.partition(".")

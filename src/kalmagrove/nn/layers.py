@@ -40,7 +40,8 @@ def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, eps: floa
 class RotaryEmbedding(nn.Module):
     """Rotary positions in the half-split layout of Llama (Su et al., arXiv:2104.09864).
 
-    Positions are absolute token positions, so a pooled key may be placed at the end of its block.
+    Positions are absolute token positions, so a pooled key may be placed at the end of its block. In two dimensions the
+    planes turn by row and column in turns (arXiv:2409.12191); what has the same of both turns as in one.
     """
 
     def __init__(self, head_dim: int, theta: float = 10000.0) -> None:
@@ -51,9 +52,17 @@ class RotaryEmbedding(nn.Module):
         self.theta = theta
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotates ``x`` (batch, heads, sequence, head_dim) to ``positions`` (sequence,) or (batch, sequence)."""
+        """Rotates ``x`` (batch, heads, sequence, head_dim) to ``positions``.
+
+        They are (sequence,), (batch, sequence), or rows and columns (batch, sequence, 2).
+        """
         planes = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=x.device)
-        angles = positions.to(torch.float32)[..., None] * (1.0 / self.theta ** (planes / self.head_dim))
+        turned_by = positions.to(torch.float32)
+        if positions.ndim == 3:
+            turned_by = turned_by[..., torch.arange(self.head_dim // 2, device=x.device) % 2]
+        else:
+            turned_by = turned_by[..., None]
+        angles = turned_by * (1.0 / self.theta ** (planes / self.head_dim))
         if angles.ndim == 3:
             angles = angles[:, None]
         return rotate_halves(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))

@@ -13,7 +13,7 @@ from kalmagrove.nn.resolution import Resolution
 Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Keys and values of tokens to those of blocks."""
 Place = Callable[[Tensor, Tensor], Tensor]
-"""Keys (batch, heads, keys, head_dim) turned to positions (keys,) or (batch, keys)."""
+"""Keys (batch, heads, keys, head_dim) turned to positions (keys,), (batch, keys) or (batch, keys, 2)."""
 
 
 class GroupMemory:
@@ -78,7 +78,7 @@ class GroupMemory:
         part = slice(begin, begin + (last - first) * stride)
         key, value = pool(recent[0][:, :, part], recent[1][:, :, part])
         ends = (torch.arange(first, last, device=key.device) + 1) * stride - 1
-        return self._join(f"{scale}.keys", place(key, ends)), self._join(f"{scale}.values", value)
+        return self._join(f"{scale}.keys", place(key, self.where.turns(ends))), self._join(f"{scale}.values", value)
 
     def _new_blocks_of_rows(
         self, scale: int, base: int, recent: tuple[Tensor, Tensor], pool: Pool, place: Place

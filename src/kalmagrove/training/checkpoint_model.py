@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kalmagrove.data.packing import PackedText
-from kalmagrove.data.tokenizer import save_tokenizer
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import whole_folder
 from kalmagrove.models.convert import save_model
@@ -19,7 +18,7 @@ from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 
 
-def export_checkpoint(run: Path, which: str, folder: Path, *, open_data: Callable[[DataConfig], PackedText]) -> int:
+def export_checkpoint(run: Path, which: str, folder: Path, *, open_data: Callable[[DataConfig], TrainingData]) -> int:
     """Writes the model of a checkpoint.
 
     Args:
@@ -60,7 +59,7 @@ def write_trained_model(model: KalmaGroveForCausalLM, run: TrainingRun, folder: 
     """
     with whole_folder(folder) as temporary:
         save_model(model, temporary)
-        save_tokenizer(run.data.load_tokenizer(), temporary, context_length=run.config.loop.context_length)
+        run.data.save_beside_model(temporary, context_length=run.config.loop.context_length)
 
 
 def train_config_of(run: RunFolder) -> TrainConfig:

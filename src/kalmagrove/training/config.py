@@ -24,6 +24,8 @@ OptimizerName = Literal["kalma", "adamw", "muon"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
+ModalityName = Literal["text", "table", "image"]
+Scan = Literal["z-order", "raster"]
 TrackerName = Literal["tensorboard", "trackio"]
 
 BASELINE_FAMILIES = ("gpt2", "llama")
@@ -42,19 +44,41 @@ class DataConfig:
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
         seed: Divides documents into train, valid and test where the source has no splits.
         folder: Where packed token files are kept.
+        modality: text; table, the rows of a CSV, Parquet or JSONL file; or image, a folder of pictures, a JSONL with
+            their paths, or an .npz of arrays.
+        patch_size: Pixels of a patch's side, of images; left out: chosen by their size.
+        scan: The order of an image's patches: z-order, so that neighbouring patches make square blocks, or raster.
     """
 
+    modality: ModalityName = "text"
     source: str | None = None
     vocab_size: int = 4096
     tokenizer: str | None = None
     seed: int = 0
     folder: str = "runs/data"
+    patch_size: int | None = None
+    scan: Scan = "z-order"
 
     def __post_init__(self) -> None:
+        self._check_modality()
         if self.tokenizer is None and self.vocab_size < 258:
             raise UsageError(f"data.vocab_size must be at least 258 (256 bytes and two more), got {self.vocab_size}")
         if is_synthetic(self.source):
             parse_synthetic(self.source)
+
+    def _check_modality(self) -> None:
+        if self.modality != "image" and (self.patch_size is not None or self.scan != "z-order"):
+            raise UsageError("data.patch_size and data.scan are for data.modality image; leave them out")
+        if self.modality == "text":
+            return
+        if self.source is None or is_synthetic(self.source):
+            raise UsageError(f"data.modality {self.modality} needs data.source, a file or a folder")
+        if self.tokenizer is not None:
+            raise UsageError(f"data.modality {self.modality} makes its own tokenizer; leave data.tokenizer out")
+
+    def modality_options(self) -> dict[str, Any]:
+        """What the source of examples takes, apart from where it is."""
+        return {"patch_size": self.patch_size, "scan": self.scan} if self.modality == "image" else {}
 
 
 @dataclass(frozen=True)

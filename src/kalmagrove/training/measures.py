@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kalmagrove.modalities.sequences import Sequences
+
 
 def gradient_noise_scale(
-    parameters: Sequence[nn.Parameter], tokens: Tensor, loss_sum: Callable[[Tensor], Tensor]
+    parameters: Sequence[nn.Parameter], tokens: Tensor | Sequences, loss_sum: Callable[[Any], Tensor]
 ) -> float | None:
     """Tokens of the batch at which the gradient's noise is as large as the gradient: the "simple" noise scale.
 
@@ -28,6 +31,7 @@ def gradient_noise_scale(
     """
     half = len(tokens) // 2
     halves = [tokens[:half], tokens[half : 2 * half]]
+    # Of sequences with features, only what is to be predicted.
     count = halves[0][:, 1:].numel()
     first, second = ([g / count for g in _gradients(parameters, loss_sum(part))] for part in halves)
     small = (_square(first) + _square(second)) / 2

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.errors import UsageError
+from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.optim.distributed import SHARDED_STATES, as_shard, whole_tensor
 from kalmagrove.optim.kalma import Kalma
@@ -17,7 +18,8 @@ from kalmagrove.training.config import LoopConfig, Parallel
 from kalmagrove.training.nested import map_tensors
 from kalmagrove.world import World
 
-LossSum = Callable[[Tensor, Tensor], Tensor]
+Tokens = Tensor | Sequences
+LossSum = Callable[[Tokens, Tokens], Tensor]
 
 
 def check_processes(loop: LoopConfig, world: World) -> None:
@@ -48,7 +50,7 @@ class _TokenLossSum(nn.Module):
         self.model = model
         self.compiled: LossSum | None = None
 
-    def forward(self, input_ids: Tensor, targets: Tensor, is_watched: bool) -> Tensor:
+    def forward(self, input_ids: Tokens, targets: Tokens, is_watched: bool) -> Tensor:
         compute = self.model.token_loss_sum if self.compiled is None or is_watched else self.compiled
         return compute(input_ids, targets)
 
@@ -76,7 +78,7 @@ class ParallelLoss:
         parallel: Parallel,
         *,
         compiled: bool = False,
-        example: Tensor,
+        example: Tokens,
     ) -> None:
         self._model = model
         self._wrapped: nn.parallel.DistributedDataParallel | None = None
@@ -87,13 +89,14 @@ class ParallelLoss:
         if world.size > 1 and not self.sharded:
             self._wrapped = nn.parallel.DistributedDataParallel(
                 self._loss,
-                find_unused_parameters=_has_unused_parameters(model, example),
+                # Not every batch has elements of every modality.
+                find_unused_parameters=bool(model.config.modalities) or _has_unused_parameters(model, example),
                 gradient_as_bucket_view=True,
             )
         if compiled:
             self._loss.compiled = torch.compile(model.token_loss_sum)
 
-    def compute(self, input_ids: Tensor, targets: Tensor, *, is_watched: bool) -> Tensor:
+    def compute(self, input_ids: Tokens, targets: Tokens, *, is_watched: bool) -> Tensor:
         """Sum of the nats of ``targets`` given ``input_ids``, both (batch, sequence).
 
         Args:
@@ -122,7 +125,7 @@ class ParallelLoss:
         return nullcontext()
 
 
-def _has_unused_parameters(model: KalmaGroveForCausalLM, example: Tensor) -> bool:
+def _has_unused_parameters(model: KalmaGroveForCausalLM, example: Tokens) -> bool:
     """Whether some have no gradient, as Arnold's pooling where the context does not reach it."""
     model.token_loss_sum(example[:, :-1], example[:, 1:]).backward()
     unused = any(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad)

@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
-from kalmagrove.data.batches import batch_at, evaluation_windows
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.batches import evaluation_windows
+from kalmagrove.data.example_store import PackedExamples
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.evaluation.examples import score_examples
+from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.accounting import build_empty
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
@@ -70,7 +73,7 @@ class TrainingRun:
 
     Args:
         config: Everything that the run depends on.
-        data: The packed text; its training split must hold one sequence.
+        data: The packed text or examples; the training split must hold one sequence.
         world: The processes that train together; each of them makes a run of its own.
 
     Attributes:
@@ -81,7 +84,7 @@ class TrainingRun:
         UsageError: The configuration does not fit the data, the machine or the number of processes.
     """
 
-    def __init__(self, config: TrainConfig, data: PackedText, world: World = ALONE) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, world: World = ALONE) -> None:
         self.config, self.data, self.world = config, data, world
         loop = config.loop
         check_processes(loop, world)
@@ -90,7 +93,7 @@ class TrainingRun:
             self.precision = choose_precision(loop.precision, self.device)
         except ValueError as error:
             raise UsageError(f"loop: {error}") from error
-        self.tokens = data.tokens("train")
+        data.check_context(loop.context_length)
         self._make_model()
         if loop.activation_checkpointing:
             self.model.make_activations_again()
@@ -102,7 +105,7 @@ class TrainingRun:
         """The model and its configuration, on the device."""
         loop, data = self.config.loop, self.data
         overrides = {
-            "vocab_size": data.vocab_size,
+            **data.model_options(),
             "max_position_embeddings": loop.context_length,
             **self.config.model.overrides(),
         }
@@ -165,19 +168,17 @@ class TrainingRun:
         """Whether the last step is done."""
         return self.step >= self.total_steps
 
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int) -> torch.Tensor | Sequences:
         """This process's part of the tokens of a step, (sequences, context + 1)."""
         loop, world = self.config.loop, self.world
         first, end = (loop.batch_size * place // world.size for place in (world.rank, world.rank + 1))
-        return torch.from_numpy(
-            batch_at(
-                self.tokens,
-                context_length=loop.context_length,
-                batch_size=loop.batch_size,
-                seed=loop.seed,
-                step=step,
-                rows=range(first, end),
-            )
+        return self.data.batch(
+            "train",
+            context_length=loop.context_length,
+            batch_size=loop.batch_size,
+            seed=loop.seed,
+            step=step,
+            rows=range(first, end),
         )
 
     def measured_step(self) -> StepResult:
@@ -195,7 +196,7 @@ class TrainingRun:
         return replace(result, update_ratio=ratio, gradient_noise_scale=noise_scale)
 
     def _noise_scale(self) -> float | None:
-        def loss_sum(part: torch.Tensor) -> torch.Tensor:
+        def loss_sum(part: torch.Tensor | Sequences) -> torch.Tensor:
             with autocast(self.precision, self.device):
                 return self.model.token_loss_sum(part[:, :-1], part[:, 1:])
 
@@ -242,9 +243,9 @@ class TrainingRun:
         synchronize(self.device)
         return StepResult(loss, grad_norm, lr, time.perf_counter() - started)
 
-    def _accumulate(self, tokens: torch.Tensor, micro_batch_size: int) -> float:
+    def _accumulate(self, tokens: torch.Tensor | Sequences, micro_batch_size: int) -> float:
         """Gradients of the mean loss over the whole batch, however it is cut; returns that mean."""
-        count = self.config.loop.tokens_per_step
+        count = self._predicted_tokens(tokens)
         total = 0.0
         is_watched = any(isinstance(optimizer, Kalma) and optimizer.looks_next for optimizer in self.optimizers)
         if self.config.loop.compile:
@@ -259,6 +260,12 @@ class TrainingRun:
             total += float(nats.detach())
         return self.world.sum([total], self.device)[0] / count
 
+    def _predicted_tokens(self, tokens: torch.Tensor | Sequences) -> float:
+        """Tokens of the whole batch, over all processes, that the mean loss is over."""
+        if isinstance(tokens, torch.Tensor):
+            return self.config.loop.tokens_per_step
+        return max(1.0, self.world.sum([tokens[:, 1:].numel()], self.device)[0])
+
     def _set_hooks(self, on: bool) -> None:
         for optimizer in self.optimizers:
             if isinstance(optimizer, Kalma):
@@ -266,6 +273,10 @@ class TrainingRun:
 
     def validation_loss(self) -> float:
         """Mean nats a token over the first part of the validation split, or of all where it is small."""
+        if isinstance(self.data, PackedExamples):
+            terms: dict[str, Any] = {"device": self.device, "precision": self.precision, "world": self.world}
+            most = max(1, VALIDATION_TOKENS // self.data.longest)
+            return score_examples(self.model, self.data, "valid", most=most, **terms).loss
         tokens = self.data.tokens("valid")[: VALIDATION_TOKENS + 1]
         length = self.config.loop.context_length
         nats, count = nats_of_windows(

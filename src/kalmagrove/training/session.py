@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import write_json_atomic
 from kalmagrove.training.checkpoint import (
@@ -50,7 +50,7 @@ class TrainingSession:
     def __init__(
         self,
         config: TrainConfig,
-        data: PackedText,
+        data: TrainingData,
         folder: Path,
         *,
         world: World = ALONE,
@@ -83,7 +83,7 @@ class TrainingSession:
             self.folder.release()
             raise
 
-    def _make_run(self, config: TrainConfig, data: PackedText, world: World) -> TrainingRun:
+    def _make_run(self, config: TrainConfig, data: TrainingData, world: World) -> TrainingRun:
         return TrainingRun(config, data, world)
 
     def _resume(self, warn: Callable[[str], None]) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
-from kalmagrove.data.packing import PackedText
+from kalmagrove.data.example_store import PackedExamples
 from kalmagrove.data.synthetic.options import is_synthetic
+from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.evaluation.examples import score_examples
 from kalmagrove.evaluation.perplexity import Scores, describe_optimum, score_tokens
 from kalmagrove.evaluation.synthetic import reference_of, with_references
 from kalmagrove.models.accounting import count_parameters, training_flops_per_token
@@ -28,13 +30,13 @@ from kalmagrove.world import ALONE, World, is_lost_connection
 
 
 def train(
-    config: TrainConfig, data: PackedText, folder: Path, *, say: Callable[[str], None], world: World = ALONE
+    config: TrainConfig, data: TrainingData, folder: Path, *, say: Callable[[str], None], world: World = ALONE
 ) -> dict[str, Any]:
     """Trains, or goes on from the folder's last valid checkpoint, and returns what ``result.json`` holds.
 
     Args:
         config: The run.
-        data: The packed text.
+        data: The packed text or examples.
         folder: The run folder.
         say: Told what a person wants to know, a line at a time.
         world: The processes that train together; each of them calls this.
@@ -182,6 +184,8 @@ def evaluate_run(run: TrainingRun, splits: tuple[str, ...]) -> dict[str, Any]:
 
 def score_split(run: TrainingRun, split: str) -> Scores:
     """Scores of one split with the run's context and precision; of a synthetic task, with its optimum."""
+    if isinstance(run.data, PackedExamples):
+        return score_examples(run.model, run.data, split, device=run.device, precision=run.precision, world=run.world)
     info, source, length = run.data.splits[split], run.data.source, run.config.loop.context_length
     tokens = run.data.tokens(split)
     terms: dict[str, Any] = {
