@@ -10,6 +10,9 @@ SVD-LLM with our storage of factors, which keeps a larger rank in the same numbe
 is the choice of ranks and of directions. All see the same calibration windows; sizes count all parameters of the
 model, embeddings included. With --refit all are trained as long, by the same loss and optimiser.
 
+With --bits 8 4 every model is also scored with its matrices rounded to so many bits (see weight_rounding.py), and its
+bytes are counted: what pruning by rank and rounding bring together.
+
 Every result is a file in --out; what is there is not computed again. The table is printed and written to table.md.
 """
 
@@ -43,6 +46,7 @@ from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
 from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.models.merging import dense_weight
+from weight_rounding import round_weights
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TEXTS = {"wikitext": DATA / "wikitext" / "test.txt.xz", "textbooks": DATA / "textbooks" / "test.txt.xz"}
@@ -202,6 +206,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--context_length", type=int, default=1024)
     parser.add_argument("--test_tokens", type=int, default=10**9, help="most of each test text")
     parser.add_argument("--refit", default=None, help="the same for all: 10m or tokens")
+    parser.add_argument("--bits", type=int, nargs="*", default=[], help="also with weights of so many bits: 8 4")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--precision", default="bf16")
     return parser.parse_args()
@@ -280,7 +285,8 @@ def score_once(
     plain = options.out / f"{method.replace(' ', '-')}-{keep:g}.json"
     refitted = plain.with_name(f"{plain.stem}-refit-{options.refit}.json")
     wanted = options.refit is not None and method not in ("dense", *NO_REFIT)
-    if plain.exists() and (not wanted or refitted.exists()):
+    unrounded = [bits for bits in options.bits if method not in NO_REFIT and not rounded_path(plain, bits).exists()]
+    if plain.exists() and (not wanted or refitted.exists()) and not unrounded:
         return
     began = time.monotonic()
     model = build().eval()
@@ -288,6 +294,11 @@ def score_once(
     if not plain.exists():
         write_json_atomic(plain, scores(model, options, text, tests) | {"seconds": seconds})
         print(plain.stem, plain.read_text().replace("\n", " "), flush=True)
+    for bits in unrounded:
+        coarse = copy.deepcopy(model)
+        size = round_weights(coarse, bits)
+        write_json_atomic(rounded_path(plain, bits), scores(coarse, options, text, tests) | {"bytes": size})
+        print(rounded_path(plain, bits).stem, flush=True)
     if wanted and not refitted.exists():
         teacher = open_source(options.source).model.requires_grad_(False)
         result = refit(
@@ -296,6 +307,11 @@ def score_once(
         )  # fmt: skip
         write_json_atomic(refitted, scores(model, options, text, tests) | {"refit_tokens": result.tokens})
         print(refitted.stem, refitted.read_text().replace("\n", " "), flush=True)
+
+
+def rounded_path(plain: Path, bits: int) -> Path:
+    """Where the numbers of a model of few bits are."""
+    return plain.with_name(f"{plain.stem}-int{bits}.json")
 
 
 def scores(
@@ -330,6 +346,28 @@ def markdown(options: argparse.Namespace) -> str:
             cells = [f" {found[keep][name]:,.2f} " for keep, name in columns]
             speed = "-" if method in NO_REFIT else f"{found[options.keep[0]]['tokens_per_second']:,.0f}"
             lines.append(f"| {method}{' + refit' if ending else ''} |" + "|".join(cells) + f"| {speed} |")
+    return "\n".join(lines) + "\n" + rounding_table(options)
+
+
+def rounding_table(options: argparse.Namespace) -> str:
+    """Bytes and perplexities with weights of few bits, smallest first; nothing where none were asked for."""
+    found = []
+    for keep, method in [(1.0, "dense"), *((keep, method) for keep in options.keep for method in options.methods)]:
+        plain = options.out / f"{method.replace(' ', '-')}-{keep:g}.json"
+        for bits in options.bits:
+            path = rounded_path(plain, bits)
+            if path.exists():
+                found.append((json.loads(path.read_text()), f"{method}, {1 - keep:.0%} removed, int{bits}"))
+    if not found:
+        return ""
+    lines = [
+        "",
+        "| weights | megabytes |" + "|".join(f" {name} " for name in TEXTS) + "|",
+        "|:--|--:|" + "--:|" * len(TEXTS),
+    ]
+    for numbers, name in sorted(found, key=lambda item: item[0]["bytes"]):
+        cells = "|".join(f" {numbers[text]:,.2f} " for text in TEXTS)
+        lines.append(f"| {name} | {numbers['bytes'] / 1e6:,.1f} |{cells}|")
     return "\n".join(lines) + "\n"
 
 
