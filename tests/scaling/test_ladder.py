@@ -1,6 +1,7 @@
 """A ladder holds the runs that its configuration names, at the rates that its trials chose."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,16 @@ from kalmagrove.errors import UsageError
 from kalmagrove.models.accounting import build_empty, count_parameters
 from kalmagrove.models.build import model_config
 from kalmagrove.scaling.costs import rung_cost
-from kalmagrove.scaling.ladder import SweepConfig, all_runs, best_scales, checks, planned_runs, rungs, trials
+from kalmagrove.scaling.ladder import (
+    MOST_FURTHER_TRIALS,
+    SweepConfig,
+    all_runs,
+    best_scales,
+    checks,
+    planned_runs,
+    rungs,
+    trials,
+)
 from kalmagrove.training.config import LoopConfig
 
 TUNED = SweepConfig(
@@ -26,10 +36,12 @@ TUNED = SweepConfig(
 
 
 def losses_with_best(config: SweepConfig, best: dict[str, dict[str, float]]) -> dict[str, float]:
-    """Losses of all trials, lowest at the named factor of each family and size."""
-    return {
-        rung.key: 3.0 + abs(math.log2(rung.lr_scale / best[rung.family.name][rung.size])) for rung in trials(config)
-    }
+    """Losses of all trials that come, lowest at the named factor of each family and size."""
+    losses: dict[str, float] = {}
+    while wanted := [rung for rung in trials(config, losses) if rung.key not in losses]:
+        for rung in wanted:
+            losses[rung.key] = 3.0 + abs(math.log2(rung.lr_scale / best[rung.family.name][rung.size]))
+    return losses
 
 
 def test_every_run_is_there_once() -> None:
@@ -65,8 +77,26 @@ def test_the_rate_is_the_geometric_mean_of_the_best_at_the_smallest_sizes() -> N
 
 def test_a_trial_that_diverged_is_not_the_best() -> None:
     losses = dict.fromkeys((rung.key for rung in trials(TUNED)), math.inf)
-    losses |= {rung.key: 3.0 for rung in trials(TUNED) if rung.lr_scale == 2}
-    assert set(best_scales(TUNED, losses).values()) == {2.0}
+    losses |= {rung.key: 3.0 for rung in trials(TUNED) if rung.lr_scale == 1}
+    assert set(best_scales(TUNED, losses).values()) == {1.0}
+
+
+@pytest.mark.parametrize("best", [0.125, 4.0, 8.0])
+def test_the_search_goes_on_while_the_best_is_at_the_edge(best: float) -> None:
+    config = replace(TUNED, families="llama", tuned_sizes=1)
+    losses = losses_with_best(config, {"llama": {"16x1": best}})
+    assert best_scales(config, losses) == {"llama": best}
+    tried = [rung.lr_scale for rung in trials(config, losses)]
+    assert tried == sorted(tried) and tried[0] < best < tried[-1]
+    # Without the last of them nothing is chosen yet.
+    last = max(losses, key=lambda key: abs(math.log2(float(key.split("lr-x")[1].split("/")[0]))))
+    assert best_scales(config, {key: loss for key, loss in losses.items() if key != last}) == {}
+
+
+def test_the_search_ends_where_there_is_no_best() -> None:
+    config = replace(TUNED, families="llama", tuned_sizes=1)
+    losses = losses_with_best(config, {"llama": {"16x1": 2.0**40}})
+    assert best_scales(config, losses) == {"llama": 2.0 ** (1 + MOST_FURTHER_TRIALS)}
 
 
 def test_the_exponent_lowers_the_rate_of_wide_models() -> None:

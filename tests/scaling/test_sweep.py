@@ -139,10 +139,10 @@ def test_trials_choose_the_rate_and_the_check_is_reported(packed: PackedText, tm
     known = {key: loss_of(result) for key, result in done.items()}
     chosen = best_scales(config, losses)["llama"]
     tried = {rung.lr_scale: known[rung.key] for rung in all_runs(config, losses) if rung.size == "16x1"}
-    assert set(tried) == {0.5, 1.0, 2.0} and tried[chosen] == min(tried.values())
+    assert {0.5, 1.0, 2.0} <= set(tried) and tried[chosen] == min(tried.values())
     facts = write_tables(config, packed, tmp_path, share, command="")
     (report,) = facts["tuning"]
-    assert report["chosen"] == chosen and report["at_the_edge"] == (chosen != 1.0)
+    assert report["chosen"] == chosen and report["at_the_edge"] == (chosen in (min(tried), max(tried)))
     check = report["check"]
     assert check["size"] == "32x1" and set(check["valid_loss"]) == {"0.5", "1", "2"}
     assert check["lost"] == check["valid_loss"]["1"] - min(check["valid_loss"].values())

@@ -25,6 +25,8 @@ from kalmagrove.training.config import (
     trial_scales,
 )
 
+MOST_FURTHER_TRIALS = 4
+"""Learning rates beyond those of the configuration that are tried while the best is at the edge."""
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -90,7 +92,8 @@ class SweepConfig:
         seeds: Seeds divided by commas.
         repeated_sizes: Sizes, the smallest first, that are trained with every seed; the others with the first alone.
             Left out: all.
-        trials: Learning rates that are tried, a factor of 2 apart; 1 is none.
+        trials: Learning rates that are tried at first, a factor of 2 apart; 1 is none. While the best is at the edge,
+            the next one is tried.
         tuned_sizes: Sizes, the smallest first, at which they are tried; the geometric mean of the best is taken.
         lr_exponent: Of the rule above.
         checked_size: Where the rule is checked; left out: the third size, or the largest of fewer.
@@ -238,17 +241,47 @@ def is_grove(family: Family) -> bool:
     return preset_options(family.preset).get("projections") == "grove"
 
 
-def trials(config: SweepConfig) -> list[Rung]:
-    """The runs that the learning rates are chosen by: the first seed, the middle length."""
+def trials(config: SweepConfig, losses: Mapping[str, float] | None = None) -> list[Rung]:
+    """The runs that the learning rates are chosen by: the first seed, the middle length.
+
+    Args:
+        config: The ladder.
+        losses: Validation losses by the keys of finished runs: while the best of a family and size is the largest or
+            the smallest rate that was tried, the next one is tried too.
+    """
     if config.trials == 1:
         return []
-    tokens, seed = config.token_counts[len(config.tokens) // 2], config.seed_list()[0]
     return [
-        Rung(family, size, tokens, config.rank_ratios[0], seed, config.transferred(scale, size))
+        trial
         for family in config.family_list()
         for size in config.sizes[: config.tuned_sizes]
-        for scale in config.scales()
+        for trial in _trials_of(config, family, size, losses or {}).values()
     ]
+
+
+def _trials_of(config: SweepConfig, family: Family, size: str, losses: Mapping[str, float]) -> dict[float, Rung]:
+    """The trials of a family at a size by their factors, the smallest first."""
+    tokens, seed = config.token_counts[len(config.tokens) // 2], config.seed_list()[0]
+
+    def trial(scale: float) -> Rung:
+        return Rung(family, size, tokens, config.rank_ratios[0], seed, config.transferred(scale, size))
+
+    tried = {scale: trial(scale) for scale in config.scales()}
+    for _ in range(MOST_FURTHER_TRIALS):
+        if any(rung.key not in losses for rung in tried.values()):
+            break
+        scales = sorted(tried)
+        best = _best(tried, losses)
+        if best not in (scales[0], scales[-1]):
+            break
+        further = best / 2 if best == scales[0] else best * 2
+        tried[further] = trial(further)
+    return dict(sorted(tried.items()))
+
+
+def _best(tried: Mapping[float, Rung], losses: Mapping[str, float]) -> float:
+    """The factor of the lowest loss; where all are infinite, the smallest."""
+    return min(sorted(tried), key=lambda scale: losses[tried[scale].key])
 
 
 def best_scales(config: SweepConfig, losses: Mapping[str, float]) -> dict[str, float]:
@@ -262,13 +295,10 @@ def best_scales(config: SweepConfig, losses: Mapping[str, float]) -> dict[str, f
         return {family.name: 1.0 for family in config.family_list()}
     chosen = {}
     for family in config.family_list():
-        of_family = [rung for rung in trials(config) if rung.family == family]
-        if any(rung.key not in losses for rung in of_family):
+        by_size = [_trials_of(config, family, size, losses) for size in config.sizes[: config.tuned_sizes]]
+        if any(rung.key not in losses for tried in by_size for rung in tried.values()):
             continue
-        best = []
-        for size in config.sizes[: config.tuned_sizes]:
-            tried = [losses[rung.key] for rung in of_family if rung.size == size]
-            best.append(math.log2(config.scales()[tried.index(min(tried))]))
+        best = [math.log2(_best(tried, losses)) for tried in by_size]
         chosen[family.name] = 2.0 ** (sum(best) / len(best))
     return chosen
 
@@ -305,13 +335,15 @@ def checks(config: SweepConfig, best: Mapping[str, float]) -> list[Rung]:
 
 def all_runs(config: SweepConfig, losses: Mapping[str, float]) -> list[Rung]:
     """Every different run that is known by now; those after the tuning follow from its losses."""
-    return _different_runs(config, best_scales(config, losses))
+    return _different_runs(config, best_scales(config, losses), losses)
 
 
 def planned_runs(config: SweepConfig, losses: Mapping[str, float]) -> list[Rung]:
     """Every run; those that wait for the tuning stand at the rates as they would be without it."""
-    return _different_runs(config, {family.name: 1.0 for family in config.family_list()} | best_scales(config, losses))
+    best = {family.name: 1.0 for family in config.family_list()} | best_scales(config, losses)
+    return _different_runs(config, best, losses)
 
 
-def _different_runs(config: SweepConfig, best: Mapping[str, float]) -> list[Rung]:
-    return list({rung.key: rung for rung in [*trials(config), *rungs(config, best), *checks(config, best)]}.values())
+def _different_runs(config: SweepConfig, best: Mapping[str, float], losses: Mapping[str, float]) -> list[Rung]:
+    runs = [*trials(config, losses), *rungs(config, best), *checks(config, best)]
+    return list({rung.key: rung for rung in runs}.values())

@@ -73,15 +73,22 @@ def work(
 def runs_to_do(config: SweepConfig, share: Share, vocab_size: int) -> list[Rung]:
     """Runs without an outcome: trials first, since others wait for them, and the longest first."""
     losses, done = known_losses(config, share)
-    of_trials = {rung.key for rung in trials(config)}
+    of_trials = {rung.key for rung in trials(config, losses)}
     open_runs = [rung for rung in all_runs(config, losses) if rung.key not in done]
     return sorted(open_runs, key=lambda r: (r.key not in of_trials, -rung_cost(config, r, vocab_size).flops))
 
 
 def known_losses(config: SweepConfig, share: Share) -> tuple[dict[str, float], dict[str, Result]]:
     """Validation losses of the trials, and the outcomes of all runs that are done."""
-    of_trials = share.results(trials(config))
-    losses = {key: loss_of(result) for key, result in of_trials.items()}
+    losses: dict[str, float] = {}
+    of_trials: dict[str, Result] = {}
+    # A trial that is best at the edge is followed by another one.
+    while wanted := [rung for rung in trials(config, losses) if rung.key not in of_trials]:
+        found = share.results(wanted)
+        if not found:
+            break
+        of_trials |= found
+        losses |= {key: loss_of(result) for key, result in found.items()}
     others = (rung for rung in all_runs(config, losses) if rung.key not in of_trials)
     return losses, of_trials | share.results(others)
 
@@ -190,7 +197,7 @@ def tuning_report(
             continue
         tried = [
             {"size": rung.size, "lr_scale": rung.lr_scale, "valid_loss": losses.get(rung.key)}
-            for rung in trials(config)
+            for rung in trials(config, losses)
             if rung.family == family
         ]
         report.append(
