@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUDGET ?= 9m
 
-.PHONY: demo test lint types unit soak bench report clean
+.PHONY: demo test lint types unit soak bench docs report clean
 
 demo: .venv/.installed
 	$(BIN)/python -m kalmagrove compare --budget $(BUDGET) --out runs/demo
@@ -29,6 +29,9 @@ soak: .venv/.installed-dev
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py
+
+docs: .venv/.installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 report: .venv/.installed
 	$(BIN)/python -m kalmagrove report runs/demo

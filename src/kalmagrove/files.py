@@ -26,11 +26,24 @@ def write_text_atomic(path: Path, text: str) -> None:
     Raises:
         OSError: The text could not be written; the old content, if any, is still there.
     """
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A hidden sibling to write to, which takes the file's name when the context ends without an error, and else goes.
+
+    Args:
+        path: The file to create or replace; its folder must exist.
+
+    Raises:
+        OSError: The content did not reach the disk; the old content, if any, is still there.
+    """
     remove_abandoned(path)
     temporary = temporary_name(path)
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        yield temporary
         fsync_file(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -15,6 +15,8 @@ PARSERS = {
     "train": ("train", "make_train_parser"),
     "eval": ("evaluate", "make_eval_parser"),
     "generate": ("generate", "make_generate_parser"),
+    "predict": ("predict", "make_predict_parser"),
+    "serve": ("serve", "make_serve_parser"),
     "info": ("info", "make_info_parser"),
     "export": ("export", "make_export_parser"),
     "report": ("report", "make_report_parser"),

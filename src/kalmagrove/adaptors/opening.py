@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from kalmagrove.adaptors.adaptors import Adaptors
 from kalmagrove.adaptors.naming import check_name
-from kalmagrove.adaptors.storage import ADAPTOR_FOLDER, is_adaptor_folder, load_adaptor
+from kalmagrove.adaptors.storage import ADAPTOR_FOLDER, DESCRIPTION, is_adaptor_folder, load_adaptor
 from kalmagrove.errors import UsageError
 from kalmagrove.models.convert import load_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
@@ -50,11 +50,21 @@ def find_adaptor(source: str, adaptor: str) -> Path:
     for folder in (Path(adaptor), Path(adaptor) / ADAPTOR_FOLDER):
         if is_adaptor_folder(folder):
             return folder
+    if "/" not in adaptor and is_adaptor_folder(adaptor_folder(source, adaptor)):
+        return adaptor_folder(source, adaptor)
+    here, names = Path(source) / ADAPTORS_FOLDER, ", ".join(adaptor_names(source)) or "none"
+    raise UsageError(f"--adaptor: no adaptor {adaptor!r}; {here} has: {names}")
+
+
+def adaptor_folder(source: str, name: str) -> Path:
+    """Where a model's own adaptor of a name lies."""
+    return Path(source) / ADAPTORS_FOLDER / name / ADAPTOR_FOLDER
+
+
+def adaptor_names(source: str) -> list[str]:
+    """The adaptors that a model's folder holds, trained to their end."""
     here = Path(source) / ADAPTORS_FOLDER
-    if "/" not in adaptor and is_adaptor_folder(here / adaptor / ADAPTOR_FOLDER):
-        return here / adaptor / ADAPTOR_FOLDER
-    names = [path.parent.parent.name for path in sorted(here.glob(f"*/{ADAPTOR_FOLDER}/adaptor.json"))]
-    raise UsageError(f"--adaptor: no adaptor {adaptor!r}; {here} has: {', '.join(names) or 'none'}")
+    return [path.parent.parent.name for path in sorted(here.glob(f"*/{ADAPTOR_FOLDER}/{DESCRIPTION}"))]
 
 
 def default_run_folder(source: str, name: str) -> Path:

@@ -10,10 +10,12 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import make_parser, open_data, parse
 from kalmagrove.errors import UsageError
+from kalmagrove.training.extras import require_extra
 
 EXAMPLES = """\
   kalmagrove export runs/book --out book-dense
   kalmagrove export runs/grove-llama --format llama --out book-llama
+  kalmagrove export runs/grove-llama --format gguf --out book.gguf
   kalmagrove export runs/book --checkpoint best --out book-best"""
 
 
@@ -21,17 +23,19 @@ def make_export_parser() -> ArgumentParser:
     """The flags of ``kalmagrove export``."""
     parser = make_parser(
         "export",
-        "A model as a plain dense folder: Grove's weights are multiplied out. Or the model of a checkpoint, as it is.",
+        "A model as a plain dense folder, or as a file for llama.cpp: Grove's weights are multiplied out. Or the model "
+        "of a checkpoint, as it is.",
         EXAMPLES,
         configurable=False,
     )
     parser.add_argument("model", type=str, help="a run folder, a model folder or a Hub name")
-    parser.add_argument("--out", type=Path, required=True, help="the new folder")
+    parser.add_argument("--out", type=Path, required=True, help="the new folder, or the new file")
     parser.add_argument(
         "--format",
         type=str,
         default="auto",
-        help="llama or gpt2: a folder that every tool opens; dense: ours without Grove; auto: the first that fits",
+        help="llama or gpt2: a folder that every tool opens; dense: ours without Grove; auto: the first that fits; "
+        "gguf: one file for llama.cpp",
     )
     parser.add_argument(
         "--checkpoint",
@@ -57,8 +61,12 @@ def run(words: Sequence[str]) -> None:
         print(f"{options.out}: the model after step {step}")
         return
     from kalmagrove.adaptors.opening import open_with_adaptor
-    from kalmagrove.models.exporting import export_folder
+    from kalmagrove.models.exporting import export_folder, export_gguf
 
     opened = partial(open_with_adaptor, adaptor=options.adaptor)
-    family = export_folder(options.model, options.out, form=options.format, open_model=opened)
-    print(f"{options.out}: {family}")
+    if options.format == "gguf":
+        require_extra("gguf", "gguf", "--format gguf")
+        written = export_gguf(options.model, options.out, open_model=opened)
+    else:
+        written = export_folder(options.model, options.out, form=options.format, open_model=opened)
+    print(f"{options.out}: {written}")

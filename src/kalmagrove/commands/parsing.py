@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -19,9 +19,11 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.data.synthetic.options import is_synthetic
-from kalmagrove.data.training_data import TrainingData, is_training_data, open_training_data
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig
+
+if TYPE_CHECKING:
+    from kalmagrove.data.training_data import TrainingData
 
 MOST_CONFIG_VALUES = 10_000
 """Of a configuration file; ours have about a hundred."""
@@ -121,6 +123,9 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> TrainingData:
     Raises:
         UsageError: An option asks for what a packed folder has decided already, or there is none and none may be made.
     """
+    # Examples need torch, and help texts must be quick.
+    from kalmagrove.data.training_data import is_training_data, open_training_data
+
     if config.source is not None and is_training_data(Path(config.source).expanduser()):
         packed = open_training_data(Path(config.source).expanduser())
         _require_left_out(config, f"data.source {config.source} is packed already, with", packed.vocab_size)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 
 from kalmagrove.data.batches import shuffled_order
+from kalmagrove.data.example_places import place_parts
 from kalmagrove.data.examples import Example, ExampleSource
 from kalmagrove.data.packing import MANIFEST, SplitInfo
 from kalmagrove.data.splits import SPLITS
@@ -68,8 +70,12 @@ class PackedExamples:
     source: str
 
     def model_options(self) -> dict[str, Any]:
-        """What a model's configuration takes from its data."""
-        return {"vocab_size": self.vocab_size, "modalities": self.modalities}
+        """What a model's configuration takes from its data.
+
+        Rows of a table are short, and each cell asks for another single one: they are seen token by token.
+        """
+        attention = {"attention": "full"} if self.modality == "table" else {}
+        return {"vocab_size": self.vocab_size, "modalities": self.modalities, **attention}
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokeniser that has the examples' tokens."""
@@ -79,6 +85,11 @@ class PackedExamples:
         """Writes the tokeniser and the schema into a model's folder."""
         save_tokenizer(self.load_tokenizer(), folder, context_length=context_length)
         write_json_atomic(folder / SCHEMA, self.schema())
+
+    @cached_property
+    def feature_sizes(self) -> dict[str, int]:
+        """Numbers in a feature vector, by modality."""
+        return {name: _feature_size(name, options) for name, options in self.modalities.items()}
 
     def schema(self) -> dict[str, Any]:
         """What is needed to read further rows like these."""
@@ -109,12 +120,12 @@ class PackedExamples:
         """The batch of one training step; a pure function of its arguments, each epoch in an order of its own.
 
         Returns:
-            (rows, context + 1) tokens.
+            (rows, context + 1) tokens, or as many as the longest example has, where these are fewer.
         """
         count = self.splits[split].documents
         numbers = [step * batch_size + row for row in (range(batch_size) if rows is None else rows)]
         chosen = [(int(shuffled_order(count, seed, n // count)[n % count]), n // count) for n in numbers]
-        return self._sequences(split, chosen, seed, context_length + 1)
+        return self._sequences(split, chosen, seed, min(context_length + 1, self.longest))
 
     def rows(self, split: str, rows: range, *, width: int | None = None) -> Sequences:
         """Examples of a split in their order, (rows, width); shuffled parts have one order that is always the same."""
@@ -125,28 +136,25 @@ class PackedExamples:
         tokens = np.full((len(chosen), width), self.end_of_text_id, dtype=np.int64)
         weights = np.zeros((len(chosen), width), dtype=np.float32)
         axes = np.zeros((len(chosen), width, 2), dtype=np.float32)
-        features = {
-            name: np.zeros((len(chosen), width, _feature_size(name, options)), dtype=np.float32)
-            for name, options in self.modalities.items()
-        }
-        for row, (example, epoch) in enumerate(chosen):
+        orders = []
+        for example, epoch in chosen:
             first, end = files.parts_of(example)
-            order = np.arange(first, end)
-            if self.shuffles:
-                order = first + shuffled_order(end - first, seed, epoch, example)
-            at, clock = 1, 1
-            for part in order:
-                begin, stop = files.tokens_of(int(part))
-                size = stop - begin
-                tokens[row, at : at + size] = files.tokens[begin:stop]
-                weights[row, at : at + size] = files.weights[begin:stop]
-                axes[row, at : at + size] = clock + files.places[begin:stop].astype(np.float32)
-                for name, options in self.modalities.items():
-                    places = np.flatnonzero(files.tokens[begin:stop] == options["placeholder"])
-                    features[name][row, at + places] = files.features[name][files.slots[begin:stop][places]]
-                at, clock = at + size, clock + 1 + int(files.places[begin:stop].max(initial=0))
-            weights[row, at : at + 1] = self.predicts_end
-            axes[row, at:] = (clock + np.arange(width - at, dtype=np.float32))[:, None]
+            order = shuffled_order(end - first, seed, epoch, example) if self.shuffles else np.arange(end - first)
+            orders.append(first + order)
+        where = place_parts(orders, files.part_ends, files.places)
+        own = files.tokens[where.sources]
+        tokens[where.rows, where.columns] = own
+        weights[where.rows, where.columns] = files.weights[where.sources]
+        axes[where.rows, where.columns] = where.clocks[:, None] + files.places[where.sources].astype(np.float32)
+        features = {}
+        for name, options in self.modalities.items():
+            is_element = own == options["placeholder"]
+            slots = files.slots[where.sources[is_element]]
+            features[name] = np.zeros((len(chosen), width, self.feature_sizes[name]), dtype=np.float32)
+            features[name][where.rows[is_element], where.columns[is_element]] = files.features[name][slots]
+        behind = np.arange(width) - where.ends[:, None]
+        weights[behind == 0] = self.predicts_end
+        axes[behind >= 0] = np.repeat((where.last_clocks[:, None] + behind)[behind >= 0][:, None], 2, axis=1)
         is_flat = not any(_is_square(name) for name in self.modalities)
         return Sequences(
             torch.from_numpy(tokens),
@@ -177,17 +185,11 @@ class _SplitFiles:
 
         self.tokens, self.weights, self.slots = (mapped(name, _TYPES[name]) for name in ("tokens", "weights", "slots"))
         self.places = mapped("places", _TYPES["places"]).reshape(-1, 2)
-        self._part_ends, self._example_ends = (mapped(name, _TYPES[name]) for name in ("parts", "examples"))
-        self.features = {
-            name: mapped(name, "<f4").reshape(-1, _feature_size(name, options))
-            for name, options in data.modalities.items()
-        }
+        self.part_ends, self._example_ends = (mapped(name, _TYPES[name]) for name in ("parts", "examples"))
+        self.features = {name: mapped(name, "<f4").reshape(-1, size) for name, size in data.feature_sizes.items()}
 
     def parts_of(self, example: int) -> tuple[int, int]:
         return _range(self._example_ends, example)
-
-    def tokens_of(self, part: int) -> tuple[int, int]:
-        return _range(self._part_ends, part)
 
 
 def _range(ends: np.ndarray, index: int) -> tuple[int, int]:
@@ -308,33 +310,38 @@ class _SplitWriter:
         self.tokens = self.bytes = self.words = self.documents = self.longest = 0
 
     def add(self, example: Example) -> None:
-        # Before and after an example stands the end-of-text token.
-        length = 2
-        for part in example.parts:
-            size = len(part.tokens)
-            slots = np.zeros(size, dtype=_TYPES["slots"])
-            for name, options in self._modalities.items():
-                chosen = part.tokens == options["placeholder"]
-                features = part.features.get(name, np.zeros((0, 0)))
-                if len(features) != int(chosen.sum()):
-                    raise ValueError(f"{len(features)} features of {name} for {int(chosen.sum())} placeholders")
-                slots[chosen] = self._elements[name] + np.arange(len(features))
-                self._elements[name] += len(features)
-                self._put(name, np.asarray(features), "<f4")
-            places = np.repeat(np.arange(size)[:, None], 2, axis=1) if part.places is None else part.places
-            for name, values in (("tokens", part.tokens), ("weights", part.weights), ("slots", slots)):
-                self._put(name, np.asarray(values), _TYPES[name])
-            self._put("places", places, _TYPES["places"])
-            self.tokens += size
-            self._parts += 1
-            length += size
-            self._put("parts", np.array([self.tokens]), _TYPES["parts"])
+        tokens = np.concatenate([[], *(part.tokens for part in example.parts)]).astype(np.int64)
+        sizes = [len(part.tokens) for part in example.parts]
+        slots = np.zeros(len(tokens), dtype=_TYPES["slots"])
+        for name, options in self._modalities.items():
+            features = [part.features[name] for part in example.parts if name in part.features]
+            chosen = np.flatnonzero(tokens == options["placeholder"])
+            count = sum(map(len, features))
+            if count != len(chosen):
+                raise ValueError(f"{count} features of {name} for {len(chosen)} placeholders")
+            slots[chosen] = self._elements[name] + np.arange(count)
+            self._elements[name] += count
+            for own in features:
+                self._put(name, np.asarray(own), "<f4")
+        self._put("tokens", tokens, _TYPES["tokens"])
+        self._put("weights", np.concatenate([[], *(part.weights for part in example.parts)]), _TYPES["weights"])
+        self._put("slots", slots, _TYPES["slots"])
+        places = [_line(len(part.tokens)) if part.places is None else part.places for part in example.parts]
+        self._put("places", np.concatenate([np.zeros((0, 2)), *places]), _TYPES["places"])
+        self._put("parts", self.tokens + np.cumsum(sizes), _TYPES["parts"])
+        self.tokens, self._parts = self.tokens + len(tokens), self._parts + len(sizes)
         self._put("examples", np.array([self._parts]), _TYPES["examples"])
         self.bytes, self.words = self.bytes + example.size, self.words + example.values
-        self.documents, self.longest = self.documents + 1, max(self.longest, length)
+        # Before and after an example stands the end-of-text token.
+        self.documents, self.longest = self.documents + 1, max(self.longest, len(tokens) + 2)
 
     def _put(self, name: str, values: np.ndarray, kind: str) -> None:
         self._files[name].write(values.astype(kind).tobytes())
+
+
+def _line(length: int) -> np.ndarray:
+    """Places that are in one line, (length, 2)."""
+    return np.repeat(np.arange(length)[:, None], 2, axis=1)
 
 
 def _open(folder: Path, *, verify: bool) -> tuple[PackedExamples, Any]:

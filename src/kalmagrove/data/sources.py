@@ -75,7 +75,7 @@ def iter_documents(source: str | None) -> Iterator[str]:
     one_file = source is not None and _local_path(source).is_file()
     documents_found = False
     for file in source_files(source):
-        for document in iter_file(file.path, may_be_empty=not one_file and _kind(file.path) == ".py"):
+        for document in iter_file(file.path, may_be_empty=not one_file and kind_of_file(file.path) == ".py"):
             documents_found = True
             yield document
     if not documents_found:
@@ -95,7 +95,7 @@ def iter_file(path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
     Raises:
         KalmaGroveError: The file is missing, of another type, damaged, not text, or empty though it may not be.
     """
-    kind = _kind(path)
+    kind = kind_of_file(path)
     if kind is None:
         raise KalmaGroveError(
             f"{path} is of no supported type; use {', '.join(TEXT_SUFFIXES)}, each perhaps with "
@@ -118,11 +118,12 @@ def iter_file(path: Path, *, may_be_empty: bool = False) -> Iterator[str]:
         raise KalmaGroveError(f"{path} is empty or holds only white space; remove it or put text in it")
 
 
-def source_files(source: str | None) -> list[SourceFile]:
+def source_files(source: str | None, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> list[SourceFile]:
     """The files of a local source or of the built-in corpus, sorted by name.
 
     Args:
         source: A file, a folder, or None for the built-in corpus.
+        suffixes: Of the files that count in a folder, each perhaps with that of a compression after it.
 
     Raises:
         KalmaGroveError: The path does not exist, or the folder holds no usable file.
@@ -136,9 +137,9 @@ def source_files(source: str | None) -> list[SourceFile]:
         raise KalmaGroveError(
             f"there is no file or folder {source!r}; check the path, or name a Hub data set as name:config"
         )
-    files = [file for file in _files_below(path) if _kind(file.path) is not None]
+    files = [file for file in _files_below(path) if kind_of_file(file.path, suffixes) is not None]
     if not files:
-        raise KalmaGroveError(f"the folder {source} holds no usable file; put {', '.join(TEXT_SUFFIXES)} files in it")
+        raise KalmaGroveError(f"the folder {source} holds no usable file; put {', '.join(suffixes)} files in it")
     return files
 
 
@@ -158,8 +159,12 @@ def source_fingerprint(source: str | None) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def content_fingerprint(source: str | None) -> str | None:
+def content_fingerprint(source: str | None, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> str | None:
     """SHA-256 over the names and bytes of a source's files, whatever their times; None where it has no files.
+
+    Args:
+        source: As for `iter_documents`.
+        suffixes: As for `source_files`.
 
     Raises:
         KalmaGroveError: As for `source_files`.
@@ -168,7 +173,7 @@ def content_fingerprint(source: str | None) -> str | None:
     if source is not None and (is_synthetic(source) or is_hub_name(source)):
         return None
     whole = hashlib.sha256()
-    for item in source_files(source):
+    for item in source_files(source, suffixes):
         with item.path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(json.dumps([item.name, digest]).encode())
@@ -198,7 +203,7 @@ def hub_splits(source: str) -> dict[str, Iterator[str]]:
         KalmaGroveError: ``datasets`` is not installed, the data set cannot be opened, or it has no text column.
     """
     name, _, config = source.partition(":")
-    datasets = _import_data_extra("datasets", f"{source} is no file or folder here; to read it from the Hub")
+    datasets = import_data_extra("datasets", f"{source} is no file or folder here; to read it from the Hub")
     try:
         loaded = datasets.load_dataset(name, config or None)
     # The library raises many unrelated kinds of errors, those of the network among them.
@@ -243,11 +248,12 @@ def _local_path(source: str) -> Path:
     return Path(source).expanduser()
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSION_SUFFIXES:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in TEXT_SUFFIXES else None
+def kind_of_file(path: Path, suffixes: tuple[str, ...] = TEXT_SUFFIXES) -> str | None:
+    """Which of the suffixes a file has, before that of a compression; None is another."""
+    own = [suffix.lower() for suffix in path.suffixes]
+    if own and own[-1] in COMPRESSION_SUFFIXES:
+        own.pop()
+    return own[-1] if own and own[-1] in suffixes else None
 
 
 def _files_below(root: Path, left_out: frozenset[str] = frozenset()) -> list[SourceFile]:
@@ -274,7 +280,7 @@ def _built_in_files(library: Path) -> list[SourceFile]:
 
 
 def _text_documents(path: Path, separator: str | None) -> Iterator[str]:
-    return _joined_lines(_bounded(_lines(path, LONGEST_DOCUMENT), LONGEST_DOCUMENT), LONGEST_DOCUMENT, separator)
+    return _joined_lines(_bounded(iter_lines(path, LONGEST_DOCUMENT), LONGEST_DOCUMENT), LONGEST_DOCUMENT, separator)
 
 
 def _joined_lines(lines: Iterable[str], longest: int, separator: str | None) -> Iterator[str]:
@@ -302,7 +308,7 @@ def _bounded(lines: Iterable[str], longest: int) -> Iterator[str]:
 
 
 def _jsonl_documents(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path, longest=None), start=1):
+    for number, line in enumerate(iter_lines(path, longest=None), start=1):
         if line.isspace():
             continue
         try:
@@ -328,9 +334,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parquet_documents(path: Path) -> Iterator[str]:
-    pyarrow = _import_data_extra("pyarrow", f"to read {path}")
+    pyarrow = import_data_extra("pyarrow", f"to read {path}")
     parquet = importlib.import_module("pyarrow.parquet")
-    with _seekable(path) as file:
+    with open_seekable(path) as file:
         try:
             table = parquet.ParquetFile(file)
             schema = table.schema_arrow
@@ -346,7 +352,7 @@ def _parquet_documents(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _seekable(path: Path) -> Iterator[IO[bytes]]:
+def open_seekable(path: Path) -> Iterator[IO[bytes]]:
     """A parquet file is read from its end, so a compressed one is unpacked to the disk first."""
     if path.suffix.lower() not in COMPRESSION_SUFFIXES:
         with path.open("rb") as file:
@@ -359,8 +365,12 @@ def _seekable(path: Path) -> Iterator[IO[bytes]]:
         yield unpacked
 
 
-def _lines(path: Path, longest: int | None) -> Iterator[str]:
-    """Lines with their ends; one of more than ``longest`` characters comes in pieces."""
+def iter_lines(path: Path, longest: int | None) -> Iterator[str]:
+    """Lines of a file, perhaps compressed, with their ends; one of more than ``longest`` characters comes in pieces.
+
+    Raises:
+        KalmaGroveError: The file is damaged or is not text in UTF-8.
+    """
     rest = ""
     for text in _decoded(path):
         *lines, rest = (rest + text).split("\n")
@@ -391,7 +401,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
     damage: tuple[type[Exception], ...] = (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError)
     try:
         if suffix == ".zst":
-            zstandard = _import_data_extra("zstandard", f"to read {path}")
+            zstandard = import_data_extra("zstandard", f"to read {path}")
             damage += (zstandard.ZstdError,)
             yield from _zstd_chunks(path, zstandard)
         else:
@@ -426,7 +436,16 @@ def _zstd_chunks(path: Path, zstandard: Any) -> Iterator[bytes]:
         raise EOFError(path)
 
 
-def _import_data_extra(module: str, purpose: str) -> Any:
+def import_data_extra(module: str, purpose: str) -> Any:
+    """A module of the extra ``data``.
+
+    Args:
+        module: Its name.
+        purpose: The beginning of the error's text, such as "to read FILE".
+
+    Raises:
+        KalmaGroveError: It is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -33,20 +33,28 @@ _MOST_WAITING_CHARACTERS = 1 << 25
 
 
 @dataclass(frozen=True)
-class _Division:
-    """Places a text by a seeded hash of its content, so equal texts share a split."""
+class Division:
+    """Places a text by a seeded hash of its content, so equal texts share a split.
+
+    Attributes:
+        held_out: Expected share of the texts in each split but train.
+        seed: Chooses another division.
+    """
 
     held_out: dict[str, float]
     seed: int
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Train and what is held out."""
         return ("train", *self.held_out)
 
     def share(self, text: str) -> float:
+        """Where a text's hash lies between 0 and 1."""
         return int.from_bytes(_digest(text, self.seed)[:8], "big") / 2**64
 
     def split(self, text: str) -> str:
+        """The split of a text."""
         share, bound = self.share(text), 0.0
         for split, fraction in self.held_out.items():
             bound += fraction
@@ -89,11 +97,11 @@ def split_documents(
         )
     given = given_splits(source)
     if not given:
-        yield from _divide(_without_duplicates(iter_documents(source)), _Division(fractions, seed))
+        yield from _divide(_without_duplicates(iter_documents(source)), Division(fractions, seed))
         return
     missing = {split: fraction for split, fraction in fractions.items() if split not in given}
     train = given.pop("train")
-    yield from _divide(train, _Division(missing, seed)) if missing else (("train", document) for document in train)
+    yield from _divide(train, Division(missing, seed)) if missing else (("train", document) for document in train)
     for split, documents in given.items():
         yield from ((split, document) for document in documents)
 
@@ -116,12 +124,18 @@ def given_splits(source: str | None) -> dict[str, Iterator[str]]:
                 found.setdefault(_OUR_NAMES[name], []).append(documents)
     elif source is not None:
         for file in source_files(source):
-            match = _SPLIT_FILE.fullmatch(file.name)
-            if match and ".py" not in file.path.suffixes:
-                found.setdefault(_OUR_NAMES[match[1].lower()], []).append(iter_file(file.path))
+            split = split_of_file(file.name)
+            if split is not None and ".py" not in file.path.suffixes:
+                found.setdefault(split, []).append(iter_file(file.path))
     if "train" not in found or len(found) == 1:
         return {}
     return {split: _chained(found[split]) for split in SPLITS if split in found}
+
+
+def split_of_file(name: str) -> str | None:
+    """The split that a name says: train.*, valid.* (validation.*, val.*, dev.*) or test.*, also in numbered parts."""
+    match = _SPLIT_FILE.fullmatch(name)
+    return None if match is None else _OUR_NAMES[match[1].lower()]
 
 
 def _chained(parts: list[Iterator[str]]) -> Iterator[str]:
@@ -142,7 +156,7 @@ def _digest(text: str, seed: int) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16, key=str(seed).encode()).digest()
 
 
-def _divide(documents: Iterable[str], division: _Division) -> Iterator[tuple[str, str]]:
+def _divide(documents: Iterable[str], division: Division) -> Iterator[tuple[str, str]]:
     documents = iter(documents)
     waiting: list[str] = []
     characters = 0
@@ -158,12 +172,16 @@ def _divide(documents: Iterable[str], division: _Division) -> Iterator[tuple[str
         if len(waiting) < len(division.splits) or characters > len(waiting) * LONGEST_DOCUMENT // 4:
             yield from _divide_blocks(waiting, division)
             return
-    yield from zip(_filled_splits(waiting, division), waiting, strict=True)
+    yield from zip(filled_splits(waiting, division), waiting, strict=True)
     yield from ((division.split(document), document) for document in documents)
 
 
-def _filled_splits(texts: list[str], division: _Division) -> list[str]:
-    """The split of each text; a split that got none takes one from the split that has most."""
+def filled_splits(texts: list[str], division: Division) -> list[str]:
+    """The split of each text; a split that got none takes one from the split that has most.
+
+    Raises:
+        KalmaGroveError: There are fewer texts than splits.
+    """
     if len(texts) < len(division.splits):
         raise KalmaGroveError(
             f"the source holds too little text to be divided into {', '.join(division.splits)}; give a longer one"
@@ -176,12 +194,12 @@ def _filled_splits(texts: list[str], division: _Division) -> list[str]:
     return splits
 
 
-def _divide_blocks(documents: list[str], division: _Division) -> Iterator[tuple[str, str]]:
+def _divide_blocks(documents: list[str], division: Division) -> Iterator[tuple[str, str]]:
     """Divide blocks of the documents; neighbouring blocks of one split are one document again."""
     characters = sum(len(document) for document in documents)
     longest = max(1, min(_BLOCK_CHARACTERS, characters // _FEWEST_BLOCKS))
     blocks = [(number, block) for number, text in enumerate(documents) for block in cut_at_line_ends(text, longest)]
-    splits = _filled_splits([block for _, block in blocks], division)
+    splits = filled_splits([block for _, block in blocks], division)
     placed = [(split, number, block) for split, (number, block) in zip(splits, blocks, strict=True)]
     for (split, _), run in groupby(placed, key=lambda item: item[:2]):
         yield split, "".join(block for _, _, block in run)

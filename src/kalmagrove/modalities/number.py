@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from kalmagrove.modalities.modality import Modality
 
+KNOTS = 24
+"""Of embedding and head; a column's own knots are the first ones of the embedding."""
 COLUMN, PLACE, SCALED, BIN = range(4)
 """What the features of a number are: its column, its place among the column's values (0 to 1), its distance from the
 column's mean in standard deviations, and its bin."""
@@ -20,27 +22,31 @@ class NumberModality(Modality):
 
     It is read twice: as weights of the two nearest of some knots between the column's smallest and largest value, a
     piecewise linear embedding (Gorishniy et al., arXiv:2203.05556), and by its scaled size, which goes on beyond them.
-    It is predicted as one of its column's bins, each of which holds about as many training values.
+    All columns share this embedding, each with a gain and an offset of its own.
+    It is predicted as one of its column's bins, each of which holds about as many training values. The logits of a
+    column with many bins are linear between a few of them, so that neighbouring bins learn from each other, and bins of
+    different columns that are at the same place among their column's values.
 
     Args:
         hidden_size: Width of the decoder.
         placeholder: The token that stands for a number.
         bins: How many bins each column has.
-        knots: Of the embedding.
+        knots: Of the embedding, and logits that are free; a column with at most so many bins has one for each.
     """
 
     feature_size = 4
 
-    def __init__(self, hidden_size: int, placeholder: int, *, bins: Sequence[int], knots: int = 24) -> None:
+    def __init__(self, hidden_size: int, placeholder: int, *, bins: Sequence[int], knots: int = KNOTS) -> None:
         super().__init__(hidden_size, placeholder)
         if not bins or min(bins) < 1 or knots < 2:
             raise ValueError(f"numbers need columns of at least one bin and at least 2 knots, got {bins} and {knots}")
         self.bins, self.knots = list(bins), knots
         self.embed_column = nn.Embedding(len(self.bins), hidden_size)
+        self.column_gain = nn.Embedding(len(self.bins), hidden_size)
         self.value_proj = nn.Linear(knots + 2, hidden_size)
-        self.head = nn.Linear(hidden_size, max(self.bins))
+        self.head = nn.Linear(hidden_size, knots)
         self.column_bias = nn.Embedding(len(self.bins), max(self.bins))
-        self.macs = (knots + 2 + max(self.bins)) * hidden_size
+        self.macs = (2 * knots + 2) * hidden_size
 
     def encode(self, features: Tensor) -> Tensor:
         place = features[:, PLACE].clamp(0, 1)[:, None] * (self.knots - 1)
@@ -49,14 +55,22 @@ class NumberModality(Modality):
         scaled = features[:, SCALED, None]
         sizes = torch.cat((near, scaled.clamp(-4, 4), scaled.asinh()), dim=1)
         encoded: Tensor = self.value_proj(sizes.to(self.value_proj.weight.dtype))
-        return encoded + self.embed_column(features[:, COLUMN].long())
+        columns = features[:, COLUMN].long()
+        return encoded * (1 + self.column_gain(columns)) + self.embed_column(columns)
 
     def log_probabilities(self, hidden: Tensor, columns: Tensor) -> Tensor:
         """Of every bin, (elements, most bins), for ``hidden`` (elements, hidden) and ``columns`` (elements,)."""
-        logits = self.head(hidden).float() + self.column_bias(columns).float()
-        sizes = torch.tensor(self.bins, device=hidden.device)[columns]
-        beyond = torch.arange(logits.shape[1], device=hidden.device) >= sizes[:, None]
-        return logits.masked_fill(beyond, -torch.inf).log_softmax(dim=-1)
+        sizes = torch.tensor(self.bins, device=hidden.device)[:, None]
+        steps = torch.arange(max(self.bins), device=hidden.device)
+        # Where each bin of each column lies among the free logits, (columns, most bins).
+        places = steps * torch.where(sizes > self.knots, (self.knots - 1) / (sizes - 1).clamp(min=1), 1.0)
+        below = places.floor().clamp(max=self.knots - 2)
+        part = (places - below).clamp(max=1)[columns]
+        index = below.long()[columns]
+        free = self.head(hidden).float()
+        logits = free.gather(1, index) * (1 - part) + free.gather(1, index + 1) * part
+        logits = logits + self.column_bias(columns).float()
+        return logits.masked_fill(steps >= sizes[columns], -torch.inf).log_softmax(dim=-1)
 
     def nats(self, hidden: Tensor, features: Tensor) -> Tensor:
         chances = self.log_probabilities(hidden, features[:, COLUMN].long())

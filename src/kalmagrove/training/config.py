@@ -26,10 +26,14 @@ Precision = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
 ModalityName = Literal["text", "table", "image"]
 Scan = Literal["z-order", "raster"]
+ImageLearns = Literal["all", "labels"]
 TrackerName = Literal["tensorboard", "trackio"]
 
 BASELINE_FAMILIES = ("gpt2", "llama")
 """Architectures that are what the others are compared with, trained as is usual."""
+
+
+_OF_MODALITY = {"image": ("patch_size", "scan", "image_size", "learns"), "table": ("bins",)}
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,23 @@ class DataConfig:
             their paths, or an .npz of arrays.
         patch_size: Pixels of a patch's side, of images; left out: chosen by their size.
         scan: The order of an image's patches: z-order, so that neighbouring patches make square blocks, or raster.
+        image_size: Pixels that every image is scaled and cut to, such as 32 or 32x48 (height x width); left out: all
+            images have one size already.
+        learns: Of images, all: pixels, labels and captions; or the labels alone.
+        bins: Of tables, most bins that a number is predicted as.
     """
 
-    modality: ModalityName = "text"
     source: str | None = None
     vocab_size: int = 4096
     tokenizer: str | None = None
     seed: int = 0
     folder: str = "runs/data"
+    modality: ModalityName = "text"
     patch_size: int | None = None
     scan: Scan = "z-order"
+    image_size: str | None = None
+    learns: ImageLearns = "all"
+    bins: int = 64
 
     def __post_init__(self) -> None:
         self._check_modality()
@@ -67,8 +78,11 @@ class DataConfig:
             parse_synthetic(self.source)
 
     def _check_modality(self) -> None:
-        if self.modality != "image" and (self.patch_size is not None or self.scan != "z-order"):
-            raise UsageError("data.patch_size and data.scan are for data.modality image; leave them out")
+        for modality, names in _OF_MODALITY.items():
+            usual = {f.name: f.default for f in fields(self)}
+            given = [name for name in names if getattr(self, name) != usual[name]]
+            if given and modality != self.modality:
+                raise UsageError(f"data.{given[0]} is for data.modality {modality}; leave it out")
         if self.modality == "text":
             return
         if self.source is None or is_synthetic(self.source):
@@ -78,7 +92,7 @@ class DataConfig:
 
     def modality_options(self) -> dict[str, Any]:
         """What the source of examples takes, apart from where it is."""
-        return {"patch_size": self.patch_size, "scan": self.scan} if self.modality == "image" else {}
+        return {name: getattr(self, name) for name in _OF_MODALITY.get(self.modality, ())}
 
 
 @dataclass(frozen=True)

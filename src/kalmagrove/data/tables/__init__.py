@@ -1,0 +1,1 @@
+"""Tables: their files, what their columns hold, and their rows as examples."""
