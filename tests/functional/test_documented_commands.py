@@ -16,6 +16,7 @@ PARSERS = {
     "eval": ("evaluate", "make_eval_parser"),
     "generate": ("generate", "make_generate_parser"),
     "predict": ("predict", "make_predict_parser"),
+    "draw": ("draw", "make_draw_parser"),
     "serve": ("serve", "make_serve_parser"),
     "info": ("info", "make_info_parser"),
     "export": ("export", "make_export_parser"),

@@ -29,11 +29,11 @@ def make_predict_parser() -> ArgumentParser:
     parser = make_parser(
         "predict",
         "A column of a table's rows from their other cells, with scores where it is known; without --target every "
-        "missing cell is filled in. Or the labels of images.",
+        "missing cell is filled in. Or the labels of images, or answers to texts with images and rows.",
         EXAMPLES,
         configurable=False,
     )
-    parser.add_argument("model", type=str, help="a run folder or a model folder, trained on a table or on images")
+    parser.add_argument("model", type=str, help="a run folder or a model folder, trained on examples")
     parser.add_argument("--data", type=str, required=True, help="rows or images, as for train")
     parser.add_argument("--target", type=str, default=None, help="the column; left out: every missing cell")
     parser.add_argument("--out", type=Path, default=None, help="a new .csv or .jsonl; left out: printed as CSV")
@@ -97,6 +97,12 @@ def _predict(opened: ModalityModel, options: Namespace, quantiles: list[float]) 
         from kalmagrove.evaluation.image_predictions import predict_images
 
         return predict_images(opened, options.data, batch_size=options.batch_size)
+    if modality == "mixed":
+        if options.target is not None:
+            raise UsageError("--target is for tables; leave it out")
+        from kalmagrove.evaluation.mixed_answers import predict_answers
+
+        return predict_answers(opened, options.data)
     if modality != "table":
         raise UsageError(f"{options.model} was trained on {modality}, not on a table or on images")
     from kalmagrove.data.tables.codec import open_codec

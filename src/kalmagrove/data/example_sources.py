@@ -33,7 +33,11 @@ def example_source(modality: str, path: str, *, seed: int, options: Mapping[str,
         from kalmagrove.data.images.source import image_source
 
         return image_source(path, seed=seed, **options)
-    raise UsageError(f"--data.modality must be text, table or image, got {modality!r}")
+    if modality == "mixed":
+        from kalmagrove.data.mixed.source import mixed_source
+
+        return mixed_source(path, seed=seed, **options)
+    raise UsageError(f"--data.modality must be text, table, image or mixed, got {modality!r}")
 
 
 def default_examples_folder(modality: str, path: str, seed: int, options: Mapping[str, Any], root: Path) -> Path:

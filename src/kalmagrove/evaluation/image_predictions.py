@@ -21,7 +21,7 @@ from kalmagrove.evaluation.modality_model import ModalityModel, Predictions
 from kalmagrove.modalities.patch import PatchModality, bits_per_dimension
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast
+from kalmagrove.precision import autocast, without_autocast
 
 Precision = Literal["bf16", "fp32"]
 
@@ -114,7 +114,10 @@ def _patch_nats(model: KalmaGroveForCausalLM, form: ImageFormat, hidden: Tensor,
 
 
 def _logits(model: KalmaGroveForCausalLM, hidden: Tensor) -> Tensor:
-    return F.linear(model.before_head(hidden), model.output_weight()).float()
+    """(..., vocabulary); in bfloat16 likely labels would all be equally likely."""
+    with without_autocast(hidden):
+        weight = model.output_weight()
+        return F.linear(model.before_head(hidden.to(weight.dtype)), weight).float()
 
 
 def _batches(

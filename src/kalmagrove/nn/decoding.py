@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 _ROWS = ("padding", "document_start", "axes")
 """What a cache keeps of each row beside its layers."""
 

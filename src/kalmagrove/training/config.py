@@ -24,7 +24,7 @@ OptimizerName = Literal["kalma", "adamw", "muon"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
-ModalityName = Literal["text", "table", "image"]
+ModalityName = Literal["text", "table", "image", "mixed"]
 Scan = Literal["z-order", "raster"]
 ImageLearns = Literal["all", "labels"]
 TrackerName = Literal["tensorboard", "trackio"]
@@ -33,7 +33,11 @@ BASELINE_FAMILIES = ("gpt2", "llama")
 """Architectures that are what the others are compared with, trained as is usual."""
 
 
-_OF_MODALITY = {"image": ("patch_size", "scan", "image_size", "learns"), "table": ("bins",)}
+_OF_MODALITY = {
+    "image": ("patch_size", "scan", "image_size", "learns"),
+    "table": ("bins",),
+    "mixed": ("patch_size", "scan", "image_size", "bins"),
+}
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class DataConfig:
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
         seed: Divides documents into train, valid and test where the source has no splits.
         folder: Where packed token files are kept.
-        modality: text; table, the rows of a CSV, Parquet or JSONL file; or image, a folder of pictures, a JSONL with
-            their paths, or an .npz of arrays.
+        modality: text; table, the rows of a CSV, Parquet or JSONL file; image, a folder of pictures, a JSONL with their
+            paths, or an .npz of arrays; or mixed, a JSONL whose lines mix text, images and rows.
         patch_size: Pixels of a patch's side, of images; left out: chosen by their size.
         scan: The order of an image's patches: z-order, so that neighbouring patches make square blocks, or raster.
         image_size: Pixels that every image is scaled and cut to, such as 32 or 32x48 (height x width); left out: all
@@ -78,11 +82,10 @@ class DataConfig:
             parse_synthetic(self.source)
 
     def _check_modality(self) -> None:
-        for modality, names in _OF_MODALITY.items():
-            usual = {f.name: f.default for f in fields(self)}
-            given = [name for name in names if getattr(self, name) != usual[name]]
-            if given and modality != self.modality:
-                raise UsageError(f"data.{given[0]} is for data.modality {modality}; leave it out")
+        for name in sorted({name for names in _OF_MODALITY.values() for name in names}):
+            takers = [modality for modality, names in _OF_MODALITY.items() if name in names]
+            if self.modality not in takers and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"data.{name} is for data.modality {' or '.join(takers)}; leave it out")
         if self.modality == "text":
             return
         if self.source is None or is_synthetic(self.source):

@@ -143,9 +143,19 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
             raise KalmaGroveError(f"{place} is no sound JSON; mend or remove that line") from error
         if not isinstance(row, dict):
             raise KalmaGroveError(f"{place} is no JSON object; write each row as {{name: value, ...}}")
-        cells = {name.strip(): _json_cell(cell, name, place) for name, cell in row.items()}
-        _check_json_names(place, list(row), cells)
-        yield Row(path, number, cells, typed=True)
+        yield json_row(row, path, number)
+
+
+def json_row(row: dict[str, Any], path: Path, number: int) -> Row:
+    """A row from the object in a line.
+
+    Raises:
+        KalmaGroveError: A cell or a name cannot be used; the line is named.
+    """
+    place = f"line {number} of {path}"
+    cells = {name.strip(): _json_cell(cell, name, place) for name, cell in row.items()}
+    _check_json_names(place, list(row), cells)
+    return Row(path, number, cells, typed=True)
 
 
 class _RepeatedName(Exception):

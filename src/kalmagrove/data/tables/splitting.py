@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from kalmagrove.data.splits import SPLITS, Division, filled_splits
 from kalmagrove.data.tables.cells import Row
@@ -31,11 +32,11 @@ def split_rows(source: str, *, seed: int) -> Iterator[tuple[str, Row]]:
     """
     files = table_files(source)
     if None in files:
-        yield from _divided(source, _rows(files[None]), Division(HELD_OUT, seed))
+        yield from divided(source, _rows(files[None]), Division(HELD_OUT, seed))
         return
     missing = {split: share for split, share in HELD_OUT.items() if split not in files}
     train = _rows(files["train"])
-    yield from _divided(source, train, Division(missing, seed)) if missing else (("train", row) for row in train)
+    yield from divided(source, train, Division(missing, seed)) if missing else (("train", row) for row in train)
     for split in SPLITS[1:]:
         yield from ((split, row) for row in _rows(files.get(split, [])))
 
@@ -44,9 +45,26 @@ def _rows(paths: Iterable[Path]) -> Iterator[Row]:
     return chain.from_iterable(iter_rows(path) for path in paths)
 
 
-def _divided(source: str, rows: Iterator[Row], division: Division) -> Iterator[tuple[str, Row]]:
-    """Rows wait until each split has one; where that never comes, the fullest split gives one away."""
-    waiting: list[Row] = []
+class HasContent(Protocol):
+    """What can be divided into splits by what it holds."""
+
+    def content(self) -> str:
+        """The same text for what is equal."""
+        ...
+
+
+Divisible = TypeVar("Divisible", bound=HasContent)
+
+
+def divided(source: str, rows: Iterator[Divisible], division: Division) -> Iterator[tuple[str, Divisible]]:
+    """Rows with the split that each belongs to.
+
+    They wait until each split has one; where that never comes, the fullest split gives one away.
+
+    Raises:
+        KalmaGroveError: There are fewer rows than splits.
+    """
+    waiting: list[Divisible] = []
     filled: set[str] = set()
     for row in rows:
         waiting.append(row)

@@ -1,0 +1,1 @@
+"""Texts with images and rows of tables in one sequence."""

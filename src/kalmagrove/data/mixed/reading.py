@@ -1,0 +1,164 @@
+"""Lines of a JSONL that mix text, images and rows of tables.
+
+A line is an object with ``parts``, a list whose items are ``{"text": ...}``, ``{"image": PATH}`` or ``{"row": {...}}``,
+each perhaps with ``"learn": true``; or ``{"text": "... <image> ...", "images": [PATH, ...]}``. Where parts of a line
+say ``learn``, the others are only read; where none does, all are learnt.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kalmagrove.data.images.lists import path_below
+from kalmagrove.data.sources import iter_lines
+from kalmagrove.data.splits import SPLITS, Division, split_of_file
+from kalmagrove.data.tables.cells import Row
+from kalmagrove.data.tables.reading import json_row
+from kalmagrove.data.tables.splitting import HELD_OUT, divided
+from kalmagrove.errors import KalmaGroveError
+
+IMAGE_MARK = "<image>"
+"""In a text: the place of the next of its images."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a line.
+
+    Attributes:
+        kind: What it is.
+        text: Of a text.
+        image: Of an image, its file.
+        row: Of a row of a table.
+        is_learnt: Whether it is to be predicted.
+    """
+
+    kind: Literal["text", "image", "row"]
+    text: str = ""
+    image: Path | None = None
+    row: Row | None = None
+    is_learnt: bool = True
+
+
+@dataclass(frozen=True)
+class MixedRow:
+    """One line.
+
+    Attributes:
+        place: Where it stands, for an error's text.
+        pieces: In their order; at least one.
+    """
+
+    place: str
+    pieces: tuple[Piece, ...]
+
+    def content(self) -> str:
+        """The same text for equal lines: what divides them into splits."""
+        shown = [
+            [piece.kind, piece.text, piece.image and piece.image.name, piece.row and piece.row.content()]
+            for piece in self.pieces
+        ]
+        return json.dumps(shown)
+
+
+def split_mixed(source: str, *, seed: int) -> Iterator[tuple[str, MixedRow]]:
+    """Stream the lines of a source with the split that each belongs to, always in the same order.
+
+    Args:
+        source: A .jsonl file, or a folder of which train.jsonl, valid.jsonl and test.jsonl are read; a split that is
+            missing there is taken out of train.
+        seed: Divides the lines where they have no splits.
+
+    Raises:
+        KalmaGroveError: There is no such file, or a line cannot be used; it is named.
+    """
+    files = _files(source)
+    if "train" not in files:
+        yield from divided(source, iter_mixed(files["all"]), Division(HELD_OUT, seed))
+        return
+    missing = {split: share for split, share in HELD_OUT.items() if split not in files}
+    train = iter_mixed(files["train"])
+    yield from divided(source, train, Division(missing, seed)) if missing else (("train", row) for row in train)
+    for split in SPLITS[1:]:
+        if split in files:
+            yield from ((split, row) for row in iter_mixed(files[split]))
+
+
+def _files(source: str) -> dict[str, Path]:
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".jsonl":
+        return {"all": path}
+    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    by_split = {split: file for file in found if (split := split_of_file(file.name)) is not None}
+    if "train" not in by_split:
+        raise KalmaGroveError(f"{source} is no .jsonl file, and no folder with a train.jsonl; give one of these")
+    return by_split
+
+
+def iter_mixed(path: Path) -> Iterator[MixedRow]:
+    """Stream the lines of one file.
+
+    Raises:
+        KalmaGroveError: It is no text, or a line cannot be used; it is named.
+    """
+    for number, line in enumerate(iter_lines(path, longest=None), start=1):
+        if not line.isspace():
+            yield _read(line, path, number)
+
+
+def _read(line: str, path: Path, number: int) -> MixedRow:
+    place = f"line {number} of {path}"
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict) or ("parts" in value) == ("text" in value):
+        raise KalmaGroveError(f'{place} is no JSON object with either "parts" or "text"; mend or remove that line')
+    parts = value["parts"] if "parts" in value else _parts_of_text(value, place)
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        raise KalmaGroveError(f'"parts" of {place} is no list of objects; write [{{"text": ...}}, {{"image": ...}}]')
+    some_are_marked = any("learn" in part for part in parts)
+    pieces = tuple(_piece(part, path, number, place, usual=not some_are_marked) for part in parts)
+    return MixedRow(place, pieces)
+
+
+def _parts_of_text(value: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """The parts of the short form."""
+    images = value.get("images", [])
+    if not isinstance(value["text"], str) or not isinstance(images, list):
+        raise KalmaGroveError(f'{place}: "text" must be text and "images" a list of paths')
+    texts = value["text"].split(IMAGE_MARK)
+    if len(texts) != len(images) + 1:
+        raise KalmaGroveError(f"{place} has {len(texts) - 1} times {IMAGE_MARK} and {len(images)} images; mend it")
+    parts: list[dict[str, Any]] = []
+    for place_of_text, text in enumerate(texts):
+        parts += [{"text": text}] if text else []
+        parts += [{"image": images[place_of_text]}] if place_of_text < len(images) else []
+    return parts
+
+
+def _piece(part: dict[str, Any], path: Path, number: int, place: str, *, usual: bool) -> Piece:
+    kinds = [kind for kind in ("text", "image", "row") if kind in part]
+    is_learnt = part.get("learn", usual)
+    if len(kinds) != 1 or set(part) - {*kinds, "learn"} or not isinstance(is_learnt, bool):
+        raise KalmaGroveError(
+            f'a part of {place} must have one of "text", "image" and "row", and perhaps "learn": true or false'
+        )
+    value = part[kinds[0]]
+    if kinds == ["row"]:
+        if not isinstance(value, dict) or not value:
+            raise KalmaGroveError(f'"row" of {place} is no object with cells; write {{"name": value, ...}}')
+        return Piece("row", row=json_row(value, path, number), is_learnt=is_learnt)
+    if not isinstance(value, str) or not value or not _is_unicode(value):
+        raise KalmaGroveError(f'"{kinds[0]}" of {place} is no text; mend or remove that part')
+    if kinds == ["image"]:
+        return Piece("image", image=path_below(path.parent, value, place), is_learnt=is_learnt)
+    return Piece("text", text=value, is_learnt=is_learnt)
+
+
+def _is_unicode(text: str) -> bool:
+    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
