@@ -5,6 +5,7 @@ import json
 import os
 import re
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_values_that_are_no_numbers_are_shown_as_unknown(tmp_path: Path, capsys:
     unknown = ("loss", "lr", "grad_norm", "seconds", "peak_memory_bytes", "test_perplexity")
     assert state["step"] == 3 and {name: state[name] for name in unknown} == dict.fromkeys(unknown)
     stream = io.StringIO()
-    follow_live(FolderWatch(Path("run")), Console(file=stream, width=80, force_terminal=True), once=True)
+    follow_live(FolderWatch(Path("run")), Console(file=stream, width=80, force_terminal=True), once=True, wait=never)
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     for part in ("step 3 of 100", "loss -", "gradient norm -", "learning rate -", "peak memory -", "elapsed -"):
         assert part in plain, part
@@ -126,7 +127,7 @@ def test_lines_come_once_a_minute_and_with_every_change_of_status(tmp_path: Path
 
     events: dict[float, Callable[[], None]] = {90: lambda: run.release(), 200: resume, 250: finish}
 
-    def sleep(seconds: float) -> None:
+    def wait(seconds: float) -> bool:
         nonlocal now
         now += seconds
         events.get(now, lambda: None)()
@@ -134,6 +135,7 @@ def test_lines_come_once_a_minute_and_with_every_change_of_status(tmp_path: Path
             metrics.write(record(int(now) + 1))
         elif 200 <= now < 250:
             metrics.write(record(int(now) - 159))
+        return False
 
     follow_in_lines(
         FolderWatch(folder),
@@ -141,7 +143,7 @@ def test_lines_come_once_a_minute_and_with_every_change_of_status(tmp_path: Path
         as_json=False,
         say=lambda text: lines.append((now, text)),
         clock=lambda: now,
-        sleep=sleep,
+        wait=wait,
     )
     found = [(moment, *re.findall(r", (\w+): step (\d+)/100", text)[0]) for moment, text in lines]
     assert found == [
@@ -157,7 +159,7 @@ def test_json_lines_hold_one_run_each(tmp_path: Path) -> None:
     (tmp_path / "book" / "config.yaml").write_text(yaml.safe_dump({"models": "llama,gpt2", "loop": CONFIG["loop"]}))
     (tmp_path / "book" / "llama" / "lr-x1" / "seed-0" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     lines: list[str] = []
-    follow_in_lines(FolderWatch(tmp_path / "book"), once=True, as_json=True, say=lines.append)
+    follow_in_lines(FolderWatch(tmp_path / "book"), once=True, as_json=True, say=lines.append, wait=never)
     assert [json.loads(text)["name"] for text in lines] == ["llama/lr-x1/seed-0"]
 
 
@@ -221,9 +223,14 @@ def test_a_live_view_ends_with_the_run(tmp_path: Path, monkeypatch: pytest.Monke
     run = open_run_folder(tmp_path / "run", CONFIG)
     MetricsWriter(run.metrics_path).write(record(1))
     monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setattr("time.sleep", lambda seconds: run.write_result({"test": {"perplexity": 5.25}}))
+
+    def finish(seconds: float) -> bool:
+        run.write_result({"test": {"perplexity": 5.25}})
+        return False
+
     stream = io.StringIO()
-    follow_live(FolderWatch(Path("run")), Console(file=stream, width=80, force_terminal=True), once=False)
+    console = Console(file=stream, width=80, force_terminal=True)
+    follow_live(FolderWatch(Path("run")), console, once=False, wait=finish)
     run.release()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
     assert plain.rindex("finished: run") > plain.rindex("running: run")
@@ -245,10 +252,28 @@ def test_on_a_terminal_ctrl_c_ends_the_live_view_quietly(tmp_path: Path) -> None
         output += read_until(terminal, b"step 8 of 100")
         os.write(terminal, b"\x03")
         output += read_until(terminal, None)
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert exit_code(process) == 0
     os.close(terminal)
     assert b"Traceback" not in output and b"stopped" not in output
     assert not RunFolder(tmp_path / "run").result_path.exists()
+
+
+def never(seconds: float) -> bool:
+    """Waits for nothing, and nobody asks to end."""
+    return False
+
+
+def exit_code(process: int) -> int:
+    """Of a process that ends by itself within some seconds; one that goes on is killed, so that the test fails."""
+    deadline = time.monotonic() + 20
+    ended, status = os.waitpid(process, os.WNOHANG)
+    while not ended:
+        if time.monotonic() > deadline:
+            os.kill(process, signal.SIGKILL)
+            return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        time.sleep(0.05)
+        ended, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status)
 
 
 def read_until(terminal: int, wanted: bytes | None) -> bytes:

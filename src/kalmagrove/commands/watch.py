@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
@@ -49,17 +53,32 @@ def run(words: Sequence[str]) -> None:
     options = parse(make_watch_parser(), words)
     console = Console()
     watch = FolderWatch(options.folder)
-    try:
+    with _ctrl_c() as asked:
         if console.is_terminal and not console.is_dumb_terminal and not options.json:
-            follow_live(watch, console, once=options.once)
+            follow_live(watch, console, once=options.once, wait=asked.wait)
         else:
-            follow_in_lines(watch, once=options.once, as_json=options.json)
-    except KeyboardInterrupt:
-        return
+            follow_in_lines(watch, once=options.once, as_json=options.json, wait=asked.wait)
 
 
-def follow_live(watch: FolderWatch, console: Console, *, once: bool) -> None:
-    """Redraws a view until nothing more will come."""
+@contextmanager
+def _ctrl_c() -> Iterator[threading.Event]:
+    """Set by the first Ctrl-C: an exception may come where a library swallows it. The second one is an exception."""
+    asked = threading.Event()
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def follow_live(watch: FolderWatch, console: Console, *, once: bool, wait: Callable[[float], bool]) -> None:
+    """Redraws a view until nothing more will come, or ``wait`` for so many seconds says that nothing more is wanted."""
     from rich.live import Live
 
     def shown(states: list[RunState]) -> None:
@@ -67,8 +86,7 @@ def follow_live(watch: FolderWatch, console: Console, *, once: bool) -> None:
 
     with Live(console=console, auto_refresh=False) as live:
         shown(states := watch.read())
-        while not once and not watch.has_ended(states):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+        while not once and not watch.has_ended(states) and not wait(SECONDS_BETWEEN_LOOKS):
             shown(states := watch.read())
 
 
@@ -79,9 +97,10 @@ def follow_in_lines(
     as_json: bool,
     say: Callable[[str], None] = lambda text: print(text, flush=True),
     clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    wait: Callable[[float], bool],
 ) -> None:
-    """Prints every run at once, then once a minute those that went on, and any whose status changed."""
+    """Prints every run at once, then once a minute those that went on, and any whose status changed; ends as the other.
+    """
     printed: dict[str, tuple[float, RunState]] = {}
     while True:
         states = watch.read()
@@ -89,9 +108,8 @@ def follow_in_lines(
             if _is_due(state, printed.get(state.name), clock()):
                 printed[state.name] = clock(), state
                 say(json.dumps(state.to_dict()) if as_json else line(state))
-        if once or watch.has_ended(states):
+        if once or watch.has_ended(states) or wait(SECONDS_BETWEEN_LOOKS):
             return
-        sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def _is_due(state: RunState, printed: tuple[float, RunState] | None, now: float) -> bool:
