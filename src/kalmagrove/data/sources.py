@@ -320,12 +320,13 @@ def _jsonl_documents(path: Path) -> Iterator[str]:
             raise KalmaGroveError(
                 f"line {number} of {path} is not a JSON object with a string field text; mend or remove that line"
             )
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise KalmaGroveError(f"line {number} of {path} holds half a surrogate pair; mend or remove that line")
         yield text
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether a text holds whole characters alone, and no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from kalmagrove.data.images.pictures import Picture
 from kalmagrove.data.images.reading import FILE_LEVELS, read_image
+from kalmagrove.data.sources import is_unicode
 from kalmagrove.errors import KalmaGroveError
 
 LONGEST_LINE = 1 << 20
@@ -43,7 +44,7 @@ def _picture(line: str, path: Path, where: str) -> Picture:
         raise KalmaGroveError(f'{where} is no JSON object with a string "image"; mend or remove that line')
     file = path_below(path.parent, row["image"], where)
     label, caption = _label(row.get("label"), where), row.get("caption")
-    if caption is not None and (not isinstance(caption, str) or not caption or not _is_unicode(caption)):
+    if caption is not None and (not isinstance(caption, str) or not caption or not is_unicode(caption)):
         raise KalmaGroveError(f"the caption in {where} is no text; mend it or leave it out")
     return Picture(row["image"], partial(read_image, file), label, caption, FILE_LEVELS)
 
@@ -66,18 +67,10 @@ def path_below(folder: Path, name: str, where: str) -> Path:
 
 
 def _label(value: Any, where: str) -> str | None:
-    if value is None or (isinstance(value, str) and value and _is_unicode(value)):
+    if value is None or (isinstance(value, str) and value and is_unicode(value)):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     raise KalmaGroveError(
         f"the label {value!r} in {where} is neither a name nor a whole number; mend it or leave it out"
     )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

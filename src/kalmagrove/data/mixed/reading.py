@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kalmagrove.data.images.lists import path_below
-from kalmagrove.data.sources import iter_lines
+from kalmagrove.data.sources import is_unicode, iter_lines
 from kalmagrove.data.splits import SPLITS, Division, split_of_file
 from kalmagrove.data.tables.cells import Row
 from kalmagrove.data.tables.reading import json_row
@@ -153,12 +153,8 @@ def _piece(part: dict[str, Any], path: Path, number: int, place: str, *, usual: 
         if not isinstance(value, dict) or not value:
             raise KalmaGroveError(f'"row" of {place} is no object with cells; write {{"name": value, ...}}')
         return Piece("row", row=json_row(value, path, number), is_learnt=is_learnt)
-    if not isinstance(value, str) or not value or not _is_unicode(value):
+    if not isinstance(value, str) or not value or not is_unicode(value):
         raise KalmaGroveError(f'"{kinds[0]}" of {place} is no text; mend or remove that part')
     if kinds == ["image"]:
         return Piece("image", image=path_below(path.parent, value, place), is_learnt=is_learnt)
     return Piece("text", text=value, is_learnt=is_learnt)
-
-
-def _is_unicode(text: str) -> bool:
-    return not any(0xD800 <= ord(character) <= 0xDFFF for character in text)
