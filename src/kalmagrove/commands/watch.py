@@ -99,7 +99,7 @@ def follow_in_lines(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], bool],
 ) -> None:
-    """Prints every run at once, then once a minute those that went on, and any whose status changed; ends as the other."""
+    """Prints every run at once, then once a minute those that went on, and any whose status changed; `wait` ends it."""
     printed: dict[str, tuple[float, RunState]] = {}
     while True:
         states = watch.read()
