@@ -2,7 +2,7 @@
 
     python benchmarks/images.py
     python benchmarks/images.py --sets digits --methods kalmagrove llama-adamw cnn
-    python benchmarks/images.py --smoke --out /tmp/images
+    python benchmarks/images.py --smoke --out runs/images
     python benchmarks/images.py --page docs/results/images.md
 
 Needs the extras "benchmarks" and "vision"; MNIST and CIFAR-10 also the extra "data" and a network, and are skipped

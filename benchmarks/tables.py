@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
     python benchmarks/tables.py --tasks wine diabetes --methods kalmagrove trees
-    python benchmarks/tables.py --smoke --out /tmp/tables
+    python benchmarks/tables.py --smoke --out runs/tables
     python benchmarks/tables.py --page docs/results/tables.md
 
 Needs the extra "benchmarks". Five folds; 15 % of a training fold is the validation part. All methods are tuned alike:
