@@ -69,3 +69,28 @@ def test_learning_rates_and_warm_up_have_defaults_for_each_optimiser() -> None:
     scaled = OptimConfig(name="adamw", lr=0.01, lr_scale=0.5).peak_rates()
     assert scaled == {"lr": 0.005, "auxiliary_lr": 0.01, "core_lr": 0.001}
     assert OptimConfig(name="kalma").warmup_part > OptimConfig(name="muon").warmup_part
+
+
+def test_a_model_names_its_parts_and_its_optimiser() -> None:
+    contestants = CompareConfig(models="llama,llama+kalma,llama+grove,llama-small+grove+arnold+muon").contestants()
+    assert [(c.name, c.preset, c.optim) for c in contestants] == [
+        ("llama-mini+adamw", "llama-mini", "adamw"),
+        ("llama-mini+kalma", "llama-mini", "kalma"),
+        ("llama-mini+grove", "llama-mini+grove", "adamw"),
+        ("llama-small+grove+arnold", "llama-small+grove+arnold", "muon"),
+    ]
+    mixed = CompareConfig(models="llama+adamw,kalmagrove", optim="muon").contestants()
+    assert [c.optim for c in mixed] == ["adamw", "muon"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": "llama,llama+adam"}, "'adam' in llama.adam is neither a part nor an optimiser"),
+        ({"models": "llama,llama+adamw+kalma"}, "names more than one optimiser"),
+        ({"models": "llama+kalma,slim", "optim": "adamw,kalma"}, "optim may name one for the others but no list"),
+    ],
+)
+def test_a_wrong_model_is_named(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        CompareConfig(**options)

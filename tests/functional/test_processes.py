@@ -117,3 +117,28 @@ def test_torchrun_starts_a_killed_process_again_and_the_run_ends_as_if_nothing_h
     assert "going on from step" in log.read_text()
     assert losses(folder) == pytest.approx(unbroken, abs=0.02)
     assert (folder / "model" / "model.safetensors").exists()
+
+
+COMPARED = ["llama-tiny", "kalmagrove-tiny"]
+
+
+def compared(text_file: Path, folder: Path, *more: str) -> dict[str, dict[str, float]]:
+    """Validation and test losses of a comparison by model."""
+    small = OPTIONS[OPTIONS.index("--loop.batch_size") : OPTIONS.index("--loop.log_every")]
+    options = [*small, "--models", ",".join(COMPARED), "--tokens", str(20 * 4 * 24)]
+    data = ["--data", str(text_file), "--data.folder", str(folder.parent / "data")]
+    log = folder.parent / "log"
+    words = [sys.executable, "-m", "kalmagrove", "compare", *data, *options, "--out", str(folder), *more]
+    assert start(words, log).wait() == 0, log.read_text()
+    models = json.loads((folder / "results.json").read_text())["models"]
+    return {m["name"]: {split: m["runs"][0][split]["loss"] for split in ("valid", "test")} for m in models}
+
+
+def test_a_comparison_by_two_processes_is_that_of_one(text_file: Path, tmp_path: Path) -> None:
+    alone = compared(text_file, tmp_path / "alone")
+    two = compared(text_file, tmp_path / "two", "--nproc", "2")
+    assert set(two) == set(COMPARED)
+    for model in COMPARED:
+        assert two[model] == pytest.approx(alone[model], rel=1e-3)
+    said = (tmp_path / "log").read_text()
+    assert said.count("llama-tiny: test perplexity") == 2, "each comparison says it once"

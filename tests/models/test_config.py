@@ -83,3 +83,37 @@ def test_the_slim_control_is_as_large_as_kalmagrove(size: str) -> None:
 def test_sizes_are_ordered() -> None:
     totals = [count_parameters(build_empty(model_config(f"llama-{size}"))).total for size in SIZES]
     assert totals == sorted(totals)
+
+
+def test_a_part_is_put_into_another_family_as_kalmagrove_has_it() -> None:
+    plain, ours = model_config("llama-small"), model_config("kalmagrove-small")
+    grove = model_config("llama-small+grove")
+    assert (grove.projections, grove.grove_parts, grove.sharing) == (ours.projections, ours.grove_parts, ours.sharing)
+    assert grove.attention == plain.attention and grove.intermediate_size == plain.intermediate_size
+    arnold = model_config("llama-small+arnold")
+    assert arnold.resolutions[0]["scales"] == ours.resolutions[0]["scales"]
+    assert arnold.resolutions[0]["num_heads"] == plain.num_attention_heads and arnold.projections == plain.projections
+    both = model_config("llama-small+grove+arnold")
+    assert (both.projections, both.attention) == ("grove", "arnold")
+    assert not model_config("gpt2-tiny+grove").bias
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama+forest", "unknown part 'forest' of llama"),
+        ("llama+grove+grove", "llama names a part twice"),
+        ("kalmagrove+arnold", "kalmagrove has arnold already"),
+    ],
+)
+def test_a_part_that_cannot_be_put_in_is_named(name: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        model_config(name)
+
+
+def test_full_attention_instead_of_arnolds_keeps_the_heads() -> None:
+    ours, full = model_config("kalmagrove-small"), model_config("kalmagrove-small", {"attention": "full"})
+    assert full.attention == "full" and full.resolutions is None
+    assert full.num_attention_heads == ours.num_attention_heads
+    llama = model_config("llama-small", {"attention": "full"})
+    assert llama.num_attention_heads == model_config("llama-small").num_attention_heads

@@ -127,7 +127,7 @@ def test_the_models_have_the_sizes_and_ranks_that_are_named() -> None:
         ({"tokens": ["10"]}, "loop.tokens 10 is less than one batch"),
         ({"tokens": ["many"]}, "'many' is not a number of tokens"),
         ({"families": "bert"}, "unknown family 'bert'"),
-        ({"families": "llama+sgd"}, "unknown optimiser 'sgd' of the family llama"),
+        ({"families": "llama+sgd"}, "'sgd' in llama+sgd is neither a part nor an optimiser"),
         ({"families": "llama,llama+adamw"}, "families must be different"),
         ({"families": ""}, "families must be different and at least one"),
         ({"seeds": "0,x"}, "seeds must be different whole numbers"),

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, say
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse
+from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.comparison.config import CompareConfig
-from kalmagrove.errors import UsageError
 
 SHORT = {"--data": "--data.source", "--modality": "--data.modality", "--tokens": "--loop.tokens"}
 EXAMPLES = """\
@@ -19,6 +19,7 @@ EXAMPLES = """\
   kalmagrove compare --data book.txt --tokens 20m --seeds 0,1,2 --trials 3 --out runs/book
   kalmagrove compare --models gpt2,llama,llama-plus,slim,kalmagrove --size mini --tokens 4m --out runs/five
   kalmagrove compare --models llama,kalmagrove --optim kalma --tokens 4m --out runs/same-optimiser
+  kalmagrove compare --models llama,llama+grove,llama+arnold,llama+kalma,kalmagrove --tokens 4m --out runs/parts
 
 --data, --modality and --tokens are short for --data.source, --data.modality and --loop.tokens.
 The same command in the same folder goes on where it stopped."""
@@ -31,6 +32,7 @@ def make_compare_parser() -> ArgumentParser:
     )
     parser.add_class_arguments(CompareConfig)
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the report")
+    add_nproc(parser)
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -40,16 +42,19 @@ def run(words: Sequence[str]) -> None:
     parser = make_compare_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
+    if started_processes("compare", words, options.nproc):
+        return
     from kalmagrove.comparison.compare import compare
     from kalmagrove.training.environment import keep_freed_memory
-    from kalmagrove.world import world_of_environment
 
-    if world_of_environment().size > 1:
-        raise UsageError("compare takes its models in turns in one process; start it without torchrun")
     keep_freed_memory()
     folder = Path(options.out)
     command = "kalmagrove compare " + shlex.join(words)
-    results = compare(config, open_data(config.data), folder, command=command, say=say)
+    with together(config.loop.device) as (world, said):
+        data = world.one_here_before_the_others(lambda: open_data(config.data))
+        results = compare(config, data, folder, command=command, say=said, world=world)
+    if not world.is_first:
+        return
     if options.json:
         print(json.dumps(results, indent=2))
         return

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,19 +20,22 @@ from kalmagrove.data.training_data import TrainingData
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
-from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
+from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged
-from kalmagrove.training.run_folder import open_run_folder
+from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.tracking import ProgressBar
 from kalmagrove.training.trainer import describe_run, evaluate_run
+from kalmagrove.world import ALONE, World
 
 Say = Callable[[str], None]
 
 
-def compare(config: CompareConfig, data: TrainingData, folder: Path, *, command: str, say: Say) -> dict[str, Any]:
+def compare(
+    config: CompareConfig, data: TrainingData, folder: Path, *, command: str, say: Say, world: World = ALONE
+) -> dict[str, Any]:
     """Compares, or goes on where an earlier call of the same comparison stopped.
 
     Args:
@@ -39,6 +44,7 @@ def compare(config: CompareConfig, data: TrainingData, folder: Path, *, command:
         folder: Gets a run folder for each training, ``results.json``, ``table.md`` and ``report.html``.
         command: Repeats the comparison; printed in the report.
         say: Told what a person wants to know, a line at a time.
+        world: The processes that train every model together; each of them calls this, and all see the folder.
 
     Returns:
         What ``results.json`` holds.
@@ -47,13 +53,17 @@ def compare(config: CompareConfig, data: TrainingData, folder: Path, *, command:
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: The folder belongs to another comparison.
     """
+    plan = _Plan(folder / "plan.json", world)
+    # Nobody writes before all have read.
+    world.wait()
     # Options that do not fit are found before the folder is claimed.
-    steps = _Plan(folder / "plan.json").values.get("steps") or planned_steps(config, data, say=say)
-    with open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS) as root:
-        plan = _Plan(root.path / "plan.json")
+    steps = plan.values.get("steps") or planned_steps(config, data, say=say, world=world)
+    with _claimed(config, folder, world) as root:
         if "steps" not in plan.values:
-            plan.update(steps=steps, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), environment=describe_environment())
-            write_json_atomic(root.environment_path, plan.values["environment"])
+            environment = describe_environment() | ({"processes": world.size} if world.size > 1 else {})
+            plan.update(steps=steps, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), environment=environment)
+            if world.is_first:
+                write_json_atomic(root.environment_path, plan.values["environment"])
         _tune(config, data, folder, plan, say)
         for seed in config.seed_list():
             _final_runs(config, data, folder, plan, seed, say)
@@ -62,35 +72,70 @@ def compare(config: CompareConfig, data: TrainingData, folder: Path, *, command:
         return _write(config, data, folder, plan, command)
 
 
-class _Plan:
-    """What was decided on the way, kept in a file so that a later call decides the same."""
+def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
+    """The comparison's folder, which the first process holds for all."""
+    if not world.is_first:
+        return RunFolder(folder)
+    return open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.values: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+class _Plan:
+    """What was decided on the way, kept in a file so that a later call, and every process, decides the same."""
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path, self.world = path, world
+        self.values = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
 
     def update(self, **values: Any) -> None:
-        self.values |= values
-        write_json_atomic(self.path, self.values)
+        """Adds what the first process decided; all processes must call this together."""
+        if self.world.is_first:
+            self.values |= values
+            write_json_atomic(self.path, self.values)
+        self.world.wait()
+        self.values = self._read()
 
 
 def _tune(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, say: Say) -> None:
-    """The same number of learning-rate trials for each contestant, judged on the validation split."""
+    """The same learning-rate trials for each contestant, judged on the validation split, and more at an edge.
+
+    A budget leaves no time for more.
+    """
     if "scales" in plan.values:
         return
-    contestants, seed = config.contestants(), config.seed_list()[0]
-    losses: dict[str, list[dict[str, Any]]] = {contestant.name: [] for contestant in contestants}
-    if config.trials > 1:
-        for scale in config.scales():
-            chosen = {contestant.name: scale for contestant in contestants}
-            with _sessions(config, data, folder, plan, chosen, seed, say) as sessions:
-                _train_together(sessions, f"learning rate x{scale:g}")
-                for name, session in sessions.items():
-                    lost = session.run.done is False
-                    loss = None if lost else evaluate_run(session.run, ("valid",))["valid"]["loss"]
-                    losses[name].append({"lr_scale": scale, "valid_loss": loss})
+    names = [contestant.name for contestant in config.contestants()]
+    losses: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    rounds = [dict.fromkeys(names, scale) for scale in config.scales()] if config.trials > 1 else []
+    for scales in rounds:
+        _try(config, data, folder, plan, scales, losses, say)
+    for _ in range(MOST_FURTHER_TRIALS if rounds and config.budget is None else 0):
+        further = {name: further_trial({t["lr_scale"]: _rank_of_trial(t) for t in losses[name]}) for name in names}
+        at_an_edge = {name: scale for name, scale in further.items() if scale is not None}
+        if not at_an_edge:
+            break
+        _try(config, data, folder, plan, at_an_edge, losses, say)
     best = {name: min(tried, key=_rank_of_trial)["lr_scale"] if tried else 1.0 for name, tried in losses.items()}
     plan.update(trials=losses, scales=best)
+
+
+def _try(
+    config: CompareConfig,
+    data: TrainingData,
+    folder: Path,
+    plan: _Plan,
+    scales: Mapping[str, float],
+    losses: dict[str, list[dict[str, Any]]],
+    say: Say,
+) -> None:
+    """One trial of each contestant that has a factor."""
+    shown = ", ".join(f"x{scale:g}" for scale in sorted(set(scales.values())))
+    with _sessions(config, data, folder, plan, scales, config.seed_list()[0], say) as sessions:
+        _train_together(sessions, f"learning rate {shown}")
+        for name, session in sessions.items():
+            loss = evaluate_run(session.run, ("valid",))["valid"]["loss"] if session.run.done else None
+            losses[name].append({"lr_scale": scales[name], "valid_loss": loss})
 
 
 def _rank_of_trial(trial: dict[str, Any]) -> float:
@@ -111,7 +156,10 @@ def _final_runs(config: CompareConfig, data: TrainingData, folder: Path, plan: _
             if session.finished:
                 continue
             if not session.run.done:
-                session.folder.write_result({"diverged": True, "seconds": session.seconds, "step": session.run.step})
+                if plan.world.is_first:
+                    lost = {"diverged": True, "seconds": session.seconds, "step": session.run.step}
+                    session.folder.write_result(lost)
+                plan.world.wait()
                 say(f"{name} diverged at step {session.run.step}")
                 continue
             result = evaluate_run(session.run, ("valid", "test"))
@@ -125,19 +173,20 @@ def _sessions(
     data: TrainingData,
     folder: Path,
     plan: _Plan,
-    scales: dict[str, float],
+    scales: Mapping[str, float],
     seed: int,
     say: Say,
 ) -> Iterator[dict[str, TrainingSession]]:
     steps = int(plan.values["steps"])
     with ExitStack() as stack:
         sessions = {}
-        for contestant in config.contestants():
+        for contestant in (c for c in config.contestants() if c.name in scales):
             scale = scales[contestant.name]
             session = TrainingSession(
                 config.train_config(contestant, scale=scale, seed=seed, steps=steps),
                 data,
                 run_path(folder, contestant, scale, seed),
+                world=plan.world,
                 warn=lambda line: say(f"passed over {line}"),
             )
             stack.callback(session.close)
@@ -155,7 +204,12 @@ def _train_together(sessions: dict[str, TrainingSession], description: str) -> N
         return
     total = sum(session.run.total_steps for session in sessions.values())
     start = sum(session.steps_done for session in sessions.values())
-    with StopRequest() as stop, ProgressBar(total, description=description, start_step=start) as progress:
+    first = next(iter(sessions.values()))
+    stream = sys.stderr if first.world.is_first else io.StringIO()
+    with (
+        StopRequest() as stop,
+        ProgressBar(total, description=description, start_step=start, stream=stream) as progress,
+    ):
         done = start
         while active:
             # The run that is behind goes first; in step, they alternate.
@@ -170,11 +224,14 @@ def _train_together(sessions: dict[str, TrainingSession], description: str) -> N
             speed = session.run.config.loop.tokens_per_step / result.seconds
             done += 1
             progress.update(done, result.loss, speed)
-            if stop.number is not None:
+            number = int(first.world.largest([stop.number or 0], first.run.device)[0])
+            if number:
                 for other in sessions.values():
                     if not other.finished and other.run.step != other.saved_step:
                         other.save()
-                raise Interrupted(stop.number, "stopped and saved every run; the same command goes on from there")
+                        other.wait_for_saving()
+                first.world.wait()
+                raise Interrupted(number, "stopped and saved every run; the same command goes on from there")
 
 
 def _measure_memory(config: CompareConfig, data: TrainingData, plan: _Plan, say: Say) -> None:
@@ -188,7 +245,8 @@ def _measure_memory(config: CompareConfig, data: TrainingData, plan: _Plan, say:
         train_config = config.train_config(contestant, scale=1.0, seed=seed, steps=steps)
         return measure_training_memory(train_config, data.folder)
 
-    plan.update(memory={contestant.name: measured(contestant) for contestant in config.contestants()})
+    # One process measures what one process needs; with more of them it is an upper bound.
+    plan.update(memory={c.name: measured(c) for c in config.contestants()} if plan.world.is_first else {})
 
 
 def _write(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, command: str) -> dict[str, Any]:
@@ -201,6 +259,9 @@ def _write(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan,
         created=plan.values["created"],
         environment=plan.values["environment"],
     )
-    write_json_atomic(folder / "results.json", results)
-    write_report(Results.from_dict(results), folder)
+    if plan.world.is_first:
+        write_json_atomic(folder / "results.json", results)
+        write_report(Results.from_dict(results), folder)
+    # The others read these files too.
+    plan.world.wait()
     return results

@@ -18,6 +18,7 @@ from kalmagrove.training.config import (
     parse_duration,
     parse_list,
     parse_seeds,
+    split_optimizer,
     trial_scales,
 )
 
@@ -48,12 +49,14 @@ class CompareConfig:
 
     Attributes:
         data: The text.
-        models: Presets, divided by commas; a family alone has the size below.
-        optim: Optimisers, one for each model, divided by commas; one alone is for all. Left out: adamw for gpt2 and
-            llama, kalma for the others.
+        models: Presets, divided by commas; a family alone has the size below. Behind plus signs stand parts that are
+            put into it and its optimiser: llama+grove, llama+arnold, llama+grove+kalma.
+        optim: Optimisers, one for each model, divided by commas; one alone is for all that name none. Left out: adamw
+            for gpt2 and llama, kalma for the others.
         size: Size of the families that are named without one.
         seeds: Seeds, divided by commas; three or more give an interval.
-        trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split.
+        trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split. While a side's
+            best is at the edge of what was tried, the next one is tried too, unless a budget limits the time.
         budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
         loop: Length and portions; its seed is replaced by each of the seeds.
         weight_decay: Of every side.
@@ -87,10 +90,11 @@ class CompareConfig:
         """
         if self.size not in SIZES:
             raise UsageError(f"unknown size {self.size!r}; sizes: {', '.join(SIZES)}")
-        presets = [name if name not in FAMILIES else f"{name}-{self.size}" for name in parse_list(self.models)]
-        optims = self._optimizers(presets)
+        named = [split_optimizer(item) for item in parse_list(self.models)]
+        presets = [_with_size(preset, self.size) for preset, _ in named]
         if len(presets) < 2:
             raise UsageError(f"models needs at least two presets divided by commas, got {self.models!r}")
+        optims = self._optimizers(presets, [optim for _, optim in named])
         names = [
             preset if presets.count(preset) == 1 else f"{preset}+{o}" for preset, o in zip(presets, optims, strict=True)
         ]
@@ -98,17 +102,21 @@ class CompareConfig:
             raise UsageError(f"models {self.models!r} names the same preset and optimiser twice")
         return [Contestant(*parts) for parts in zip(names, presets, optims, strict=True)]
 
-    def _optimizers(self, presets: list[str]) -> list[OptimizerName]:
+    def _optimizers(self, presets: list[str], own: list[OptimizerName | None]) -> list[OptimizerName]:
+        """The optimiser of each model: its own, else of the list, else the family's usual one."""
         families = [split_preset(preset)[0] for preset in presets]
+        usual = [named or default_optimizer(family) for named, family in zip(own, families, strict=True)]
         if self.optim is None:
-            return [default_optimizer(family) for family in families]
+            return usual
         given = parse_list(self.optim)
         chosen: list[OptimizerName] = [known for name in given for known in get_args(OptimizerName) if known == name]
         if len(chosen) != len(given):
             unknown = next(name for name in given if name not in get_args(OptimizerName))
             raise UsageError(f"unknown optimiser {unknown!r}; use {', '.join(get_args(OptimizerName))}")
         if len(chosen) == 1:
-            return chosen * len(presets)
+            return [named or chosen[0] for named in own]
+        if any(own):
+            raise UsageError("models name their optimisers, so optim may name one for the others but no list")
         if len(chosen) != len(presets):
             raise UsageError(
                 f"optim names {len(chosen)} optimisers for {len(presets)} models; give one, or one for each"
@@ -138,3 +146,8 @@ class CompareConfig:
             # Paired times need every step.
             loop=replace(self.loop, seed=seed, tokens=steps * self.loop.tokens_per_step, log_every=1),
         )
+
+
+def _with_size(preset: str, size: str) -> str:
+    family, *parts = preset.split("+")
+    return "+".join([f"{family}-{size}" if family in FAMILIES else family, *parts])

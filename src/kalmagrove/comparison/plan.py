@@ -10,6 +10,7 @@ from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import parse_duration
 from kalmagrove.training.run import TrainingRun
+from kalmagrove.world import ALONE, World
 
 WARMUP_STEPS = 3
 MEASURED_STEPS = 10  # One of Kalma's refreshes falls into any ten steps.
@@ -17,7 +18,9 @@ TRAINING_PART = 0.8
 """Part of a budget that goes into training steps; the rest is for evaluations, saving and the report."""
 
 
-def planned_steps(config: CompareConfig, data: TrainingData, *, say: Callable[[str], None]) -> int:
+def planned_steps(
+    config: CompareConfig, data: TrainingData, *, say: Callable[[str], None], world: World = ALONE
+) -> int:
     """Steps of each run: those of ``loop.tokens``, or those that the budget is enough for.
 
     Raises:
@@ -26,10 +29,11 @@ def planned_steps(config: CompareConfig, data: TrainingData, *, say: Callable[[s
     if config.budget is None:
         steps = config.loop.total_steps
         for contestant in config.contestants():
-            TrainingRun(config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=steps), data)
+            train_config = config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=steps)
+            TrainingRun(train_config, data, world).loss.close()
         return steps
     say("measuring the speed of a few steps")
-    seconds = seconds_per_round(config, data)
+    seconds = seconds_per_round(config, data, world)
     rounds = config.trials + len(config.seed_list()) - 1
     steps = int(parse_duration(config.budget) * TRAINING_PART / seconds / rounds)
     if steps < 10:
@@ -39,13 +43,15 @@ def planned_steps(config: CompareConfig, data: TrainingData, *, say: Callable[[s
     return steps
 
 
-def seconds_per_round(config: CompareConfig, data: TrainingData) -> float:
+def seconds_per_round(config: CompareConfig, data: TrainingData, world: World = ALONE) -> float:
     """Mean time of one step of every model, one after the other."""
     seed = config.seed_list()[0]
     steps = WARMUP_STEPS + MEASURED_STEPS
     runs = [
-        TrainingRun(config.train_config(contestant, scale=1.0, seed=seed, steps=steps), data)
+        TrainingRun(config.train_config(contestant, scale=1.0, seed=seed, steps=steps), data, world)
         for contestant in config.contestants()
     ]
     rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]
+    for run in runs:
+        run.loss.close()
     return statistics.fmean(rounds[WARMUP_STEPS:])

@@ -9,6 +9,8 @@ Families:
         kalmagrove's number of parameters: the control for Grove and Arnold.
     kalmagrove: Arnold attention whose projections are Grove's, each basis used by two layers; a dense feed-forward as
         slim's, and the full width.
+
+A part may be put into another family alone: llama+grove, gpt2-small+arnold, llama+grove+arnold.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 from kalmagrove.errors import UsageError
 
 FAMILIES = ("gpt2", "llama", "llama-plus", "slim", "kalmagrove")
+PARTS = ("grove", "arnold")
 DEFAULT_SIZE = "mini"
 
 
@@ -52,6 +55,7 @@ SIZES = {
     "base": Size(768, 12, 64, slim_width=724, vocab_size=50257, context_length=1024),
     "large": Size(1024, 24, 64, slim_width=952, vocab_size=50257, context_length=1024),
 }
+GROVE: dict[str, Any] = {"projections": "grove", "grove_parts": "attention", "sharing": "cycle", "group_size": 2}
 TRICKS: dict[str, Any] = {"qk_norm": True, "short_conv": 4, "value_residual": True, "embedding_residual": True}
 LONGEST_REACH, COARSE_STRIDE = 256, 16
 """kalmagrove sees a quarter of its context, at most so many tokens, one by one, and before them blocks of so many."""
@@ -62,12 +66,28 @@ def preset_names() -> list[str]:
     return [*FAMILIES, *(f"{family}-{size}" for family in FAMILIES for size in SIZES)]
 
 
+def split_parts(name: str) -> tuple[str, tuple[str, ...]]:
+    """A preset's name and the parts that are put into it, those behind its plus signs.
+
+    Raises:
+        UsageError: There is no such part, or it comes twice.
+    """
+    name, *parts = name.split("+")
+    for part in parts:
+        if part not in PARTS:
+            raise UsageError(f"unknown part {part!r} of {name}; parts: {', '.join(PARTS)}")
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"{name} names a part twice: {', '.join(parts)}")
+    return name, tuple(parts)
+
+
 def split_preset(name: str) -> tuple[str, str]:
-    """Family and size of a preset's name.
+    """Family and size of a preset's name, without the parts behind it.
 
     Raises:
         UsageError: Unknown; the nearest name is offered.
     """
+    name, _ = split_parts(name)
     if name in FAMILIES:
         return name, DEFAULT_SIZE
     family, _, size = name.rpartition("-")
@@ -84,14 +104,15 @@ def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[s
     """The arguments of :class:`~kalmagrove.models.config.KalmaGroveConfig` for a preset.
 
     Args:
-        name: A family or family-size.
+        name: A family or family-size, with parts of kalmagrove behind plus signs.
         overrides: Options that replace the preset's. A new ``hidden_size`` or ``num_hidden_layers`` resizes
             everything that depends on it.
 
     Raises:
-        UsageError: The preset is unknown.
+        UsageError: The preset is unknown, or has a part already or cannot have it.
     """
     overrides = dict(overrides or {})
+    _, parts = split_parts(name)
     family, size_name = split_preset(name)
     size = SIZES[size_name]
     width = overrides.get("hidden_size") or (size.slim_width if family == "slim" else size.hidden_size)
@@ -104,8 +125,10 @@ def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[s
     }
     context_length = overrides.get("max_position_embeddings") or size.context_length
     options |= _family_options(family, width, head_dim, context_length)
+    for part in parts:
+        options |= _part_options(part, family, options, context_length)
     if "resolutions" not in overrides and overrides.get("attention") == "full":
-        options |= {"resolutions": None, "num_attention_heads": max(1, width // 2 // head_dim), "head_dim": head_dim}
+        options["resolutions"] = None
     return options | overrides
 
 
@@ -135,19 +158,35 @@ def _family_options(family: str, width: int, head_dim: int, context_length: int)
             "intermediate_size": 2 * width,
         }
     half_heads = max(2, width // 2 // head_dim)
-    reach = min(LONGEST_REACH, max(COARSE_STRIDE, context_length // 4))
-    return TRICKS | {
+    return {
+        **TRICKS,
+        **GROVE,
         "feed_forward": "relu2",
         "intermediate_size": 2 * width,
-        "projections": "grove",
-        "grove_parts": "attention",
-        "sharing": "cycle",
-        "group_size": 2,
-        "attention": "arnold",
         "num_attention_heads": half_heads,
         "head_dim": head_dim,
-        "resolutions": [{"num_heads": half_heads, "head_dim": head_dim, "scales": [[1, reach], [COARSE_STRIDE, None]]}],
+        **_arnold(half_heads, head_dim, context_length),
     }
+
+
+def _arnold(num_heads: int, head_dim: int, context_length: int) -> dict[str, Any]:
+    """Every head sees the near past token by token, and all of the past in blocks."""
+    reach = min(LONGEST_REACH, max(COARSE_STRIDE, context_length // 4))
+    scales = [[1, reach], [COARSE_STRIDE, None]]
+    return {
+        "attention": "arnold",
+        "resolutions": [{"num_heads": num_heads, "head_dim": head_dim, "scales": scales}],
+    }
+
+
+def _part_options(part: str, family: str, options: dict[str, Any], context_length: int) -> dict[str, Any]:
+    """Grove or Arnold as kalmagrove has it, and nothing else of it."""
+    if family == "kalmagrove":
+        raise UsageError(f"kalmagrove has {part} already; put it into gpt2, llama, llama-plus or slim")
+    if part == "arnold":
+        return _arnold(options["num_attention_heads"], options["head_dim"], context_length)
+    # Grove's factors have no biases.
+    return GROVE | ({"bias": False} if options.get("bias") else {})
 
 
 def _llama_inner(width: int) -> int:

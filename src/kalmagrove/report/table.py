@@ -267,11 +267,11 @@ def _notes(results: Results) -> list[str]:
     else:
         plural = "seed" if count == 1 else "seeds"
         about_seeds = f"{count} {plural} ({seeds}): no interval, so a small difference may be chance"
-    tuned = (
-        "learning rates not tuned: preset defaults"
-        if results.trials == 1
-        else f"learning rates tuned on the validation split with {results.trials} trials a model"
-    )
+    tuned = "learning rates not tuned: preset defaults"
+    if results.trials > 1:
+        tuned = f"learning rates tuned on the validation split with {results.trials} trials a model"
+        if any(len(model.lr_trials) > results.trials for model in results.models):
+            tuned += ", and more while the best was at the edge"
     length = (
         f"{format_count(results.budget.tokens)} training tokens, {tokens_a_parameter(results)} of {results.baseline}"
     )

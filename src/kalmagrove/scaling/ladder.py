@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 from kalmagrove.errors import UsageError
-from kalmagrove.models.presets import FAMILIES, preset_options
+from kalmagrove.models.presets import FAMILIES, preset_options, split_parts
 from kalmagrove.training.config import (
     BASELINE_FAMILIES,
+    MOST_FURTHER_TRIALS,
     DataConfig,
     LoopConfig,
     ModelConfig,
@@ -19,14 +20,14 @@ from kalmagrove.training.config import (
     OptimizerName,
     TrainConfig,
     default_optimizer,
+    further_trial,
     parse_count,
     parse_list,
     parse_seeds,
+    split_optimizer,
     trial_scales,
 )
 
-MOST_FURTHER_TRIALS = 4
-"""Learning rates beyond those of the configuration that are tried while the best is at the edge."""
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
 
@@ -82,8 +83,9 @@ class SweepConfig:
 
     Attributes:
         data: The text.
-        families: Architectures divided by commas, each with its optimiser behind a plus sign (llama+kalma). Without
-            one: adamw for gpt2 and llama, kalma for the others.
+        families: Architectures divided by commas, each with its optimiser behind a plus sign (llama+kalma) and parts
+            that are put into it (llama+grove+kalma). Without an optimiser: adamw for gpt2 and llama, kalma for the
+            others.
         sizes: Width x layers, the smallest first.
         tokens: Lengths of the runs; not more than four times the text, unless repetition is what is asked about.
         rank_ratios: Ranks of the Grove families, as parts of the width of attention; the first is that of every run,
@@ -204,7 +206,7 @@ class SweepConfig:
         width, layers = width_and_layers(rung.size)
         size: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "head_dim": self.head_dim}
         options = preset_options(rung.family.preset, size)
-        if rung.family.preset in BASELINE_FAMILIES:
+        if split_parts(rung.family.preset)[0] in BASELINE_FAMILIES:
             # Their heads fill the width.
             size["head_dim"] = width // max(1, width // self.head_dim)
         if rung.rank_ratio < 1:
@@ -226,14 +228,12 @@ def width_and_layers(size: str) -> tuple[int, int]:
 
 
 def _family(text: str) -> Family:
-    preset, _, optim = text.partition("+")
-    if preset not in FAMILIES:
-        raise UsageError(f"unknown family {preset!r}; families: {', '.join(FAMILIES)}")
-    chosen = optim or default_optimizer(preset)
-    for known in get_args(OptimizerName):
-        if known == chosen:
-            return Family(f"{preset}+{known}", preset, known)
-    raise UsageError(f"unknown optimiser {optim!r} of the family {preset}; use {', '.join(get_args(OptimizerName))}")
+    preset, optim = split_optimizer(text)
+    family = split_parts(preset)[0]
+    if family not in FAMILIES:
+        raise UsageError(f"unknown family {family!r}; families: {', '.join(FAMILIES)}")
+    chosen = optim or default_optimizer(family)
+    return Family(f"{preset}+{chosen}", preset, chosen)
 
 
 def is_grove(family: Family) -> bool:
@@ -270,11 +270,9 @@ def _trials_of(config: SweepConfig, family: Family, size: str, losses: Mapping[s
     for _ in range(MOST_FURTHER_TRIALS):
         if any(rung.key not in losses for rung in tried.values()):
             break
-        scales = sorted(tried)
-        best = _best(tried, losses)
-        if best not in (scales[0], scales[-1]):
+        further = further_trial({scale: losses[rung.key] for scale, rung in tried.items()})
+        if further is None:
             break
-        further = best / 2 if best == scales[0] else best * 2
         tried[further] = trial(further)
     return dict(sorted(tried.items()))
 

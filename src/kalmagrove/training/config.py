@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
 from kalmagrove.errors import UsageError
@@ -19,6 +20,7 @@ from kalmagrove.models.choices import (
     SharedSides,
     Sharing,
 )
+from kalmagrove.models.presets import PARTS
 
 OptimizerName = Literal["kalma", "adamw", "muon"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
@@ -103,7 +105,8 @@ class ModelConfig:
     """A preset, and options that replace the preset's where they are given.
 
     Attributes:
-        preset: A family (gpt2, llama, llama-plus, slim, kalmagrove) or family-size (llama-small).
+        preset: A family (gpt2, llama, llama-plus, slim, kalmagrove) or family-size (llama-small), with grove or arnold
+            put into it behind a plus sign (llama-small+grove).
         hidden_size: Width of the residual stream.
         num_hidden_layers: Layers.
         num_attention_heads: Heads of full attention.
@@ -427,9 +430,44 @@ def trial_scales(trials: int) -> list[float]:
     return [2.0 ** (index - trials // 2) for index in range(trials)]
 
 
+MOST_FURTHER_TRIALS = 4
+"""Learning rates beyond those that were asked for, while the best is at the edge of what was tried."""
+
+
+def further_trial(losses: Mapping[float, float]) -> float | None:
+    """The factor to try next while the best is the smallest or the largest of those tried; None where it lies inside.
+
+    Args:
+        losses: By factor; infinity where the trial diverged.
+    """
+    scales = sorted(losses)
+    best = min(scales, key=lambda scale: losses[scale])
+    if best == scales[0]:
+        return best / 2
+    return best * 2 if best == scales[-1] else None
+
+
 def default_optimizer(family: str) -> OptimizerName:
     """The optimiser of an architecture where none is named."""
     return "adamw" if family in BASELINE_FAMILIES else "kalma"
+
+
+def split_optimizer(text: str) -> tuple[str, OptimizerName | None]:
+    """A preset with its parts, and the optimiser where one stands among them behind a plus sign.
+
+    Raises:
+        UsageError: There are two optimisers, or something stands there that is neither a part nor an optimiser.
+    """
+    preset, *behind = text.split("+")
+    optims: list[OptimizerName] = [known for name in behind for known in get_args(OptimizerName) if known == name]
+    parts = [name for name in behind if name not in get_args(OptimizerName)]
+    unknown = next((part for part in parts if part not in PARTS), None)
+    if unknown is not None:
+        known_names = f"parts: {', '.join(PARTS)}; optimisers: {', '.join(get_args(OptimizerName))}"
+        raise UsageError(f"{unknown!r} in {text} is neither a part nor an optimiser; {known_names}")
+    if len(optims) > 1:
+        raise UsageError(f"{text} names more than one optimiser")
+    return "+".join([preset, *parts]), optims[0] if optims else None
 
 
 def parse_duration(text: str) -> float:
