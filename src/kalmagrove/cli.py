@@ -29,6 +29,7 @@ COMMANDS = {
     "export": "a model as a plain dense folder, for other tools",
     "data": "tokenise and pack a text (data prepare)",
     "scale": "scaling laws of finished runs (scale fit)",
+    "reproduce": "the paper's table and claims, trained again and answered",
     "report": "write a comparison's report again",
 }
 _HELP = """usage: kalmagrove COMMAND [options]

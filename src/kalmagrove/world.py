@@ -53,11 +53,16 @@ class World:
         distributed.all_reduce(message, op=operation)
         return [float(value) for value in message.tolist()]
 
-    def one_here_before_the_others(self, action: Callable[[], Result]) -> Result:
-        """Does the same in every process, but first in one process of each machine, however long that takes."""
+    def one_here_before_the_others(self, action: Callable[[], Result], what: str = "") -> Result:
+        """Does the same in every process, but first in one process of each machine, however long that takes.
+
+        Args:
+            action: What is done.
+            what: Tells it from other actions of the same processes.
+        """
         if self.store is None:
             return action()
-        ready = f"ready on machine {os.environ.get('GROUP_RANK', '0')}"
+        ready = f"ready on machine {os.environ.get('GROUP_RANK', '0')} {what}"
         if self.local_rank > 0:
             self.store.wait([ready], timedelta(days=30))
             return action()

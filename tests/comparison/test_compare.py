@@ -13,7 +13,7 @@ from kalmagrove.comparison.collect import _blocks
 from kalmagrove.comparison.compare import compare
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.data.packing import PackedText
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.report.results import Results
 from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConfig
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
@@ -133,6 +133,29 @@ def test_trials_choose_the_best_rate_on_the_validation_split_for_each_side(packe
         assert model["runs"][0]["folder"].endswith(f"lr-x{model['lr_scale']:g}/seed-0")
     read_test = [p for p in (tmp_path / "demo").rglob("result.json") if '"test"' in p.read_text()]
     assert len(read_test) == 2
+
+
+def test_short_trials_choose_the_rate_of_longer_runs(packed: PackedText, tmp_path: Path) -> None:
+    results = run(tmp_path / "demo", packed, config(trials=3, trial_tokens=str(6 * 2 * 16)))
+    for model in results["models"]:
+        folder = tmp_path / "demo" / model["name"]
+        trials = [RunFolder(path).read_metrics()[-1]["step"] for path in folder.glob("trial-lr-x*/seed-0")]
+        assert len(trials) == len(model["lr_trials"]) and set(trials) == {6}
+        assert [r["valid"] is not None for r in model["runs"]] == [True]
+        assert RunFolder(folder / f"lr-x{model['lr_scale']:g}" / "seed-0").read_metrics()[-1]["step"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
+        ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
+        ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),
+    ],
+)
+def test_wrong_trials_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**options)
 
 
 def test_a_side_that_diverges_is_reported_and_the_other_is_finished(

@@ -26,6 +26,7 @@ PARSERS = {
     "watch": ("watch", "make_watch_parser"),
     "adapt": ("adapt", "make_adapt_parser"),
     "compress": ("compress", "make_compress_parser"),
+    "reproduce": ("reproduce", "make_reproduce_parser"),
     "scale sweep": ("scale_sweep", "make_scale_sweep_parser"),
     "scale fit": ("scale_fit", "make_scale_fit_parser"),
     "scale plan": ("scale_plan", "make_scale_plan_parser"),

@@ -11,7 +11,7 @@ from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
-from kalmagrove.training.config import BASELINE_FAMILIES
+from kalmagrove.training.config import BASELINE_FAMILIES, default_optimizer
 from kalmagrove.training.run_folder import RunFolder
 
 TIMING_WARMUP = 10
@@ -19,9 +19,9 @@ BLOCK = 10
 MOST_POINTS = 200
 
 
-def run_path(folder: Path, contestant: Contestant, scale: float, seed: int) -> Path:
-    """Where a run of a comparison lives."""
-    return folder / contestant.name / f"lr-x{scale:g}" / f"seed-{seed}"
+def run_path(folder: Path, contestant: Contestant, scale: float, seed: int, *, short_trial: bool = False) -> Path:
+    """Where a run of a comparison lives; a trial that is as long as the final runs may become one of them."""
+    return folder / contestant.name / f"{'trial-' if short_trial else ''}lr-x{scale:g}" / f"seed-{seed}"
 
 
 def collect_results(
@@ -200,16 +200,24 @@ def _ratios(
 
 
 def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:
-    """The better of the plain Transformers on the validation split; the first model where there is none."""
-    plain = [m for c, m in zip(contestants, models, strict=True) if c.family in BASELINE_FAMILIES]
+    """The better of the plain Transformers on the validation split; the first model where there is none.
+
+    Where some of them are trained as is usual, only those.
+    """
+    plain = [
+        (c, m)
+        for c, m in zip(contestants, models, strict=True)
+        if c.family in BASELINE_FAMILIES and "+" not in c.preset
+    ]
     if not plain:
         return contestants[0].name
+    usual = [m for c, m in plain if c.optim == default_optimizer(c.family)] or [m for _, m in plain]
 
     def mean_loss(model: dict[str, Any]) -> float:
         losses = [run["valid"]["loss"] for run in model["runs"] if run["valid"] is not None]
         return statistics.fmean(losses) if losses else float("inf")
 
-    name: str = min(plain, key=mean_loss)["name"]
+    name: str = min(usual, key=mean_loss)["name"]
     return name
 
 

@@ -131,7 +131,7 @@ def _try(
 ) -> None:
     """One trial of each contestant that has a factor."""
     shown = ", ".join(f"x{scale:g}" for scale in sorted(set(scales.values())))
-    with _sessions(config, data, folder, plan, scales, config.seed_list()[0], say) as sessions:
+    with _sessions(config, data, folder, plan, scales, config.seed_list()[0], say, are_trials=True) as sessions:
         _train_together(sessions, f"learning rate {shown}")
         for name, session in sessions.items():
             loss = evaluate_run(session.run, ("valid",))["valid"]["loss"] if session.run.done else None
@@ -176,8 +176,11 @@ def _sessions(
     scales: Mapping[str, float],
     seed: int,
     say: Say,
+    *,
+    are_trials: bool = False,
 ) -> Iterator[dict[str, TrainingSession]]:
-    steps = int(plan.values["steps"])
+    final_steps = int(plan.values["steps"])
+    steps = config.trial_steps(final_steps) if are_trials else final_steps
     with ExitStack() as stack:
         sessions = {}
         for contestant in (c for c in config.contestants() if c.name in scales):
@@ -185,7 +188,7 @@ def _sessions(
             session = TrainingSession(
                 config.train_config(contestant, scale=scale, seed=seed, steps=steps),
                 data,
-                run_path(folder, contestant, scale, seed),
+                run_path(folder, contestant, scale, seed, short_trial=steps < final_steps),
                 world=plan.world,
                 warn=lambda line: say(f"passed over {line}"),
             )

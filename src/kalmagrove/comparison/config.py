@@ -15,6 +15,7 @@ from kalmagrove.training.config import (
     OptimizerName,
     TrainConfig,
     default_optimizer,
+    parse_count,
     parse_duration,
     parse_list,
     parse_seeds,
@@ -57,6 +58,7 @@ class CompareConfig:
         seeds: Seeds, divided by commas; three or more give an interval.
         trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split. While a side's
             best is at the edge of what was tried, the next one is tried too, unless a budget limits the time.
+        trial_tokens: Training tokens of a trial, whose schedule is as long; left out: those of the final runs.
         budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
         loop: Length and portions; its seed is replaced by each of the seeds.
         weight_decay: Of every side.
@@ -69,6 +71,7 @@ class CompareConfig:
     size: str = "mini"
     seeds: str = "0"
     trials: int = 1
+    trial_tokens: int | str | None = None
     budget: str | None = None
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=1))
     weight_decay: float = 0.1
@@ -77,10 +80,19 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise UsageError(f"trials must be at least 1, got {self.trials}")
+        if self.trial_tokens is not None:
+            self._check_trial_tokens(self.trial_tokens)
         if self.budget is not None:
             parse_duration(self.budget)
         self.contestants()
         self.seed_list()
+
+    def _check_trial_tokens(self, tokens: int | str) -> None:
+        if self.trials == 1 or self.budget is not None:
+            raise UsageError("trial_tokens is for several trials without a budget; give trials, or leave it out")
+        replace(self.loop, tokens=tokens)
+        if parse_count(tokens) > parse_count(self.loop.tokens):
+            raise UsageError(f"trial_tokens {tokens} are more than the final runs' loop.tokens {self.loop.tokens}")
 
     def contestants(self) -> list[Contestant]:
         """The models with their optimisers.
@@ -130,6 +142,10 @@ class CompareConfig:
             UsageError: One is not a whole number, or comes twice.
         """
         return parse_seeds(self.seeds)
+
+    def trial_steps(self, final_steps: int) -> int:
+        """Steps of a trial."""
+        return final_steps if self.trial_tokens is None else parse_count(self.trial_tokens) // self.loop.tokens_per_step
 
     def scales(self) -> list[float]:
         """Factors on the learning rates that are tried: powers of two around one."""

@@ -1,0 +1,1 @@
+"""The paper's table and its fourteen claims, trained again and answered."""

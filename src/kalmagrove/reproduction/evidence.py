@@ -1,0 +1,159 @@
+"""What the studies left in their folders, and the few numbers that a comparison's own report does not need."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.models.presets import split_parts, split_preset
+from kalmagrove.report.results import FILE_NAME, Model, Results, load_results
+from kalmagrove.reproduction.plan import LADDER, STUDIES
+from kalmagrove.scaling.pages import LAW_FOLDER
+from kalmagrove.training.run_folder import RunFolder
+
+OTHER_TEXT = "other_text.json"
+SPIKE = 6.0
+"""A step's loss is a spike where it lies so many mean deviations above the running mean of the steps before it."""
+SPIKE_MEMORY = 0.95
+SPIKE_WARMUP = 50
+"""Steps whose running mean is not yet one."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison that has at least begun.
+
+    Attributes:
+        name: Of the study.
+        folder: Of the comparison.
+        results: What it has found so far.
+        other_text: Word perplexity on the second text by model and seed; empty where it was not asked for.
+    """
+
+    name: str
+    folder: Path
+    results: Results
+    other_text: Mapping[str, Mapping[int, float]]
+
+    def find(self, family: str, *parts: str, optim: str | None = None) -> Model | None:
+        """The model of a family with these parts put into it; None where there is none."""
+        for model in self.results.models:
+            preset, has = split_parts(model.preset)
+            if split_preset(preset)[0] == family and has == parts and optim in (None, model.optim):
+                return model
+        return None
+
+    def excess(self, model: Model) -> dict[int, float]:
+        """Nats a token above the optimum on the test split of a synthetic task, by seed."""
+        found = {}
+        for run in model.runs:
+            result = RunFolder(self.folder / run.folder).read_result() or {}
+            optimum = (result.get("test") or {}).get("optimum")
+            if run.test is not None and isinstance(optimum, int | float):
+                found[run.seed] = run.test.loss - optimum
+        return found
+
+    def spikes(self, model: Model) -> float | None:
+        """Spikes of the training loss in a thousand steps, over all final runs."""
+        counts = []
+        for run in model.runs:
+            records = RunFolder(self.folder / run.folder).read_metrics()
+            counts.append(count_spikes([record["loss"] for record in records if record.get("loss") is not None]))
+        steps = sum(steps for _, steps in counts)
+        return 1000 * sum(spikes for spikes, _ in counts) / steps if steps else None
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All studies that have begun, and the fitted laws of the ladder."""
+
+    studies: Mapping[str, Study]
+    laws: Mapping[str, Any] | None
+
+
+def load_evidence(folder: Path) -> Evidence:
+    """Reads what there is.
+
+    Raises:
+        KalmaGroveError: A file is damaged.
+    """
+    studies = {}
+    for name in STUDIES:
+        if (folder / name / FILE_NAME).is_file():
+            studies[name] = Study(name, folder / name, load_results(folder / name), _other_text(folder / name))
+    law = folder / LADDER / LAW_FOLDER / "fit.json"
+    return Evidence(studies, json.loads(law.read_text("utf-8")) if law.is_file() else None)
+
+
+def _other_text(folder: Path) -> dict[str, dict[int, float]]:
+    path = folder / OTHER_TEXT
+    scores = json.loads(path.read_text("utf-8"))["scores"] if path.is_file() else {}
+    return {
+        model: {int(seed): s["word_perplexity"] for seed, s in seeds.items() if s["word_perplexity"] is not None}
+        for model, seeds in scores.items()
+    }
+
+
+def count_spikes(losses: Sequence[float]) -> tuple[int, int]:
+    """Spikes, and the steps among which they were looked for."""
+    mean, deviation, spikes, looked_at = losses[0] if losses else 0.0, 0.0, 0, 0
+    for step, loss in enumerate(losses):
+        if step >= SPIKE_WARMUP:
+            looked_at += 1
+            spikes += loss > mean + SPIKE * deviation
+        deviation = SPIKE_MEMORY * deviation + (1 - SPIKE_MEMORY) * abs(loss - mean)
+        mean = SPIKE_MEMORY * mean + (1 - SPIKE_MEMORY) * loss
+    return spikes, looked_at
+
+
+def tokens_to_reach(tokens: Sequence[int], losses: Sequence[float], level: float) -> float | None:
+    """Training tokens at which a validation curve first comes down to a level, between two evaluations by a line."""
+    for place, (token, loss) in enumerate(zip(tokens, losses, strict=True)):
+        if loss <= level:
+            if place == 0 or losses[place - 1] <= loss:
+                return float(token)
+            part = (losses[place - 1] - level) / (losses[place - 1] - loss)
+            return tokens[place - 1] + part * (token - tokens[place - 1])
+    return None
+
+
+def part_to_reach(model: Model, rival: Model) -> dict[int, float | None]:
+    """By seed the part of the rival's tokens that a model needs to come down to the rival's last evaluation.
+
+    A model in the middle of its schedule is above what a schedule of that length would give, so the part is an upper
+    bound. None where it never came down so far.
+    """
+    rivals = {run.seed: run.valid_curve for run in rival.runs if run.finished and run.valid_curve.tokens}
+    parts: dict[int, float | None] = {}
+    for run in model.runs:
+        if run.seed not in rivals or not run.finished:
+            continue
+        level, total = rivals[run.seed].loss[-1], rivals[run.seed].tokens[-1]
+        needed = tokens_to_reach(run.valid_curve.tokens, run.valid_curve.loss, level)
+        parts[run.seed] = None if needed is None else needed / total
+    return parts
+
+
+def trained_rates(model: Model, within: float) -> float | None:
+    """How wide the tried learning rates are that end within so many nats of the best: the largest over the smallest."""
+    losses = {trial.lr_scale: trial.valid_loss for trial in model.lr_trials if trial.valid_loss is not None}
+    if len(losses) < 2:
+        return None
+    good = [scale for scale, loss in losses.items() if loss <= min(losses.values()) + within]
+    return max(good) / min(good)
+
+
+def step_time_ratio(model: Model, rival: Model) -> float | None:
+    """Median time of a step over the rival's, both of steps that ran in turns."""
+    if model.step_seconds is None or rival.step_seconds is None:
+        return None
+    return model.step_seconds / rival.step_seconds
+
+
+def mean_of(values: Mapping[int, float]) -> float | None:
+    """Mean over seeds; None of no seeds."""
+    return statistics.fmean(values.values()) if values else None

@@ -1,0 +1,147 @@
+"""``claims.md`` and ``claims.json``: the paper's table beside ours, and every claim with its verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.report.results import Model, Results
+from kalmagrove.report.statistics import median_spread, ratio_interval
+from kalmagrove.report.table import build_table, format_count, format_score, to_markdown
+from kalmagrove.reproduction.answers import Answer, shown
+from kalmagrove.reproduction.claims import PAPER, PaperRow, answer_claims
+from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
+from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
+
+VERDICTS = ("supported", "not supported", "undecided", "not measured")
+
+
+def write_page(plan: Plan, evidence: Evidence, folder: Path, *, command: str) -> None:
+    """Writes ``claims.md`` and ``claims.json``."""
+    answers = answer_claims(evidence)
+    record: dict[str, Any] = {"format": 1, "scale": plan.scale, "command": command}
+    write_json_atomic(folder / "claims.json", record | {"claims": [asdict(answer) for answer in answers]})
+    write_text_atomic(folder / "claims.md", page(plan, evidence, answers, command=command))
+
+
+def page(plan: Plan, evidence: Evidence, answers: list[Answer], *, command: str) -> str:
+    """The page as Markdown."""
+    parts = [
+        "# The paper's claims, measured",
+        f"    {command}",
+        _summary(plan, evidence, answers),
+        "## Table 1",
+        _table_1(evidence),
+        "## The fourteen claims",
+        _claims(answers),
+        *_studies(plan, evidence),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _summary(plan: Plan, evidence: Evidence, answers: list[Answer]) -> str:
+    counted = ", ".join(
+        f"{sum(answer.verdict == verdict for answer in answers)} {verdict}"
+        for verdict in VERDICTS
+        if any(answer.verdict == verdict for answer in answers)
+    )
+    missing = [name for name in plan.names if name not in evidence.studies and not (name == LADDER and evidence.laws)]
+    lines = [f"Of fourteen claims: {counted}. Scale `{plan.scale}`, and no further than that."]
+    if missing:
+        lines.append(f"Not begun: {', '.join(missing)}.")
+    unfinished = [study.name for study in evidence.studies.values() if not _is_finished(study.results)]
+    if unfinished:
+        lines.append(f"Not finished: {', '.join(unfinished)}.")
+    short = [study.name for study in evidence.studies.values() if study.name in PAPER and study.results.screening]
+    if short:
+        lines.append(f"Screening, with fewer than 20 training tokens a parameter: {', '.join(short)}.")
+    return " ".join(lines)
+
+
+def _is_finished(results: Results) -> bool:
+    return all(run.finished or run.diverged for model in results.models for run in model.runs)
+
+
+def _table_1(evidence: Evidence) -> str:
+    lines = [
+        "| | parameters | time | valid perplexity | test perplexity | test, against the reference (95 %) |",
+        "| :-- | --: | --: | --: | --: | --: |",
+    ]
+    for name, pair in PAPER.items():
+        lines.append(_paper_line(f"paper, Transformer {name}", pair.transformer, pair.transformer))
+        lines.append(_paper_line(f"paper, KAN {name}", pair.ours, pair.transformer))
+        study = evidence.studies.get(name)
+        if study is not None:
+            reference = study.results.model(study.results.baseline)
+            lines += [_our_line(study, model, reference) for model in study.results.models]
+    text = "\n".join(lines) + (
+        "\n\nThe paper's rows are quoted: WikiText-103, 8 V100, minutes an epoch. Time in our rows: of a step, in "
+        "turns in one process, against the reference, the better of gpt2 and llama with AdamW."
+    )
+    return text + "".join(_other_text(evidence.studies[name]) for name in PAPER if name in evidence.studies)
+
+
+def _paper_line(name: str, row: PaperRow, reference: PaperRow) -> str:
+    return (
+        f"| *{name}* | {row.parameters:.0f} M, {row.parameters / reference.parameters:.2f}x | {row.minutes} min, "
+        f"{row.minutes / reference.minutes:.2f}x | {row.valid} | {row.test} | {row.test / reference.test:.3f}x |"
+    )
+
+
+def _our_line(study: Study, model: Model, reference: Model) -> str:
+    is_reference = model.name == reference.name
+    spread = median_spread(study.results.time_ratios(model.name))
+    time = "1" if is_reference else "-" if spread is None else f"{spread.median:.2f}x"
+    ratio = ratio_interval(model.by_seed("test", "perplexity"), reference.by_seed("test", "perplexity"))
+    scores = [mean_of(model.by_seed(split, "perplexity")) for split in ("valid", "test")]
+    valid, test = ("-" if score is None else format_score(score) for score in scores)
+    name = f"{model.name}, {model.optim}{' (reference)' if is_reference else ''}"
+    return (
+        f"| {name} | {format_count(model.parameters.total)}, "
+        f"{model.parameters.total / reference.parameters.total:.2f}x | {time} | {valid} | {test} | "
+        f"{'1' if is_reference else shown(ratio)} |"
+    )
+
+
+def _other_text(study: Study) -> str:
+    reference = study.other_text.get(study.results.baseline, {})
+    scored = {name: values for name, values in study.other_text.items() if values}
+    if not scored:
+        return ""
+    found = "; ".join(
+        f"{name} {format_score(mean_of(values) or 0.0)}"
+        + ("" if name == study.results.baseline else f", {shown(ratio_interval(values, reference))}")
+        for name, values in scored.items()
+    )
+    return f"\n\nWord perplexity on a second text, {study.name}: {found}."
+
+
+def _claims(answers: list[Answer]) -> str:
+    lines = ["| | claim | the paper | here | verdict | what it rests on |", "| :-- | :-- | :-- | :-- | :-- | :-- |"]
+    for answer in answers:
+        lines.append(
+            f"| {answer.name} | {answer.claim} | {answer.paper or '-'} | {answer.ours} | **{answer.verdict}** | "
+            f"{answer.reason} |"
+        )
+    return "\n".join(lines)
+
+
+def _studies(plan: Plan, evidence: Evidence) -> list[str]:
+    parts: list[str] = []
+    for name in plan.names:
+        study = evidence.studies.get(name)
+        if study is None:
+            continue
+        environment = study.results.environment
+        machine = ", ".join(
+            text for text in (environment.cpu, f"{environment.usable_cores} cores", *environment.gpus) if text
+        )
+        parts += [
+            f"## {name}: {STUDIES[name]}",
+            f"    {study.results.command}",
+            f"{study.results.data.source}, vocabulary {study.results.data.vocab_size:,}. {machine}.",
+            to_markdown(build_table(study.results)),
+        ]
+    return parts
