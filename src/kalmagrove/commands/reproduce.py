@@ -90,10 +90,9 @@ def run(words: Sequence[str]) -> None:
 
 
 def _command(words: Sequence[str]) -> str:
-    """What repeats all of it, whichever part was done last."""
-    kept = list(words)
-    for place, word in enumerate(kept):
-        if word == "--only" or word.startswith("--only="):
-            del kept[place : place + (2 if word == "--only" else 1)]
-            break
+    """What repeats all of it, whichever part was done last and however it was shown."""
+    kept = [word for word in words if word != "--json" and not word.startswith("--only=")]
+    if "--only" in kept:
+        place = kept.index("--only")
+        del kept[place : place + 2]
     return "kalmagrove reproduce " + shlex.join(kept)

@@ -1,0 +1,207 @@
+"""The plans, the evidence, the verdicts, and a small reproduction from its text to its page."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from kalmagrove.cli import main
+from kalmagrove.comparison import compare as compare_module
+from kalmagrove.errors import UsageError
+from kalmagrove.report.results import Results
+from kalmagrove.reproduction.answers import Answer, judge_below_one
+from kalmagrove.reproduction.claims import PAPER, answer_claims
+from kalmagrove.reproduction.cost import study_costs
+from kalmagrove.reproduction.evidence import Evidence, Study, count_spikes, tokens_to_reach, trained_rates
+from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
+from kalmagrove.training.run import TrainingRun
+
+SMALL = {
+    "data": {"vocab_size": 300},
+    "comparisons": {
+        "base": {
+            "models": "llama,slim,kalmagrove", "size": "nano", "trials": 2, "trial_tokens": 200,
+            "loop": {"tokens": 400, "batch_size": 2, "context_length": 16, "save_every": 5},
+        },
+        "recall": {
+            "data": {"source": "synthetic:recall,keys=4,values=4,distractors=4,pairs=2,tokens=20k"},
+            "models": "llama,kalmagrove", "size": "nano",
+            "loop": {"tokens": 200, "batch_size": 2, "context_length": 16, "save_every": 5},
+        },
+    },
+}  # fmt: skip
+
+
+def write_plan(folder: Path, plan: dict[str, Any] = SMALL) -> Path:
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_scale_has_every_study_and_a_cost(scale: str) -> None:
+    plan = load_plan(scale, source="book.txt")
+    assert plan.names == list(STUDIES)
+    costs = study_costs(plan)
+    assert [cost.name for cost in costs] == list(STUDIES) and all(cost.flops > 0 for cost in costs)
+    sources = {name: config.data.source for name, config in plan.comparisons.items()}
+    synthetic = {name: source for name, source in sources.items() if source != "book.txt"}
+    assert set(synthetic) == {"hierarchy", "recall"}
+    assert plan.ladder is not None and plan.ladder.data.source == "book.txt"
+    for name in ("base", "large"):
+        families = {contestant.family for contestant in plan.comparisons[name].contestants()}
+        assert families >= {"llama", "llama-plus", "slim", "kalmagrove"}
+
+
+def test_a_trial_as_long_as_the_final_runs_is_one_of_them(tmp_path: Path) -> None:
+    plan = load_plan(write_plan(tmp_path))
+    short = study_costs(plan)[0]
+    assert (short.runs, short.tokens) == (3 * (1 + 2), 3 * (12 * 32 + 2 * 6 * 32))
+    as_long = replace(plan.comparisons["base"], trial_tokens=None)
+    assert study_costs(replace(plan, comparisons={"base": as_long}))[0].runs == 3 * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"comparisons": {"bas": {}}}, "unknown study 'bas'"),
+        ({"comparison": {}}, "a plan has comparisons"),
+        ({"comparisons": {"base": {"model": "llama"}}}, "base: .*model"),
+        ({"comparisons": {"base": {"models": "llama"}}}, "at least two presets"),
+        ({"comparisons": {"base": []}}, "base must be a mapping"),
+    ],
+)
+def test_a_wrong_plan_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_plan(write_plan(tmp_path, SMALL | change))
+
+
+def test_a_missing_plan_and_a_missing_study_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="use smoke, laptop, paper or a YAML file"):
+        load_plan("huge")
+    with pytest.raises(UsageError, match="there is no study 'large'; the scale small has base, recall"):
+        load_plan(write_plan(tmp_path)).only(["large"])
+
+
+def test_the_level_is_reached_between_two_evaluations() -> None:
+    assert tokens_to_reach([100, 200, 300], [4.0, 3.0, 2.0], 2.5) == pytest.approx(250)
+    assert tokens_to_reach([100, 200], [4.0, 3.0], 3.0) == 200
+    assert tokens_to_reach([100, 200], [4.0, 5.0], 4.5) == 100
+    assert tokens_to_reach([100, 200], [4.0, 3.0], 2.9) is None
+
+
+def test_a_spike_is_counted_and_noise_is_not() -> None:
+    calm = [5.0 - step / 100 + 0.02 * (-1) ** step for step in range(200)]
+    assert count_spikes(calm) == (0, 150)
+    assert count_spikes([*calm[:120], 9.0, *calm[121:]])[0] == 1
+
+
+def make_study(make_results: Callable[..., dict[str, Any]], tmp_path: Path, name: str, **options: Any) -> Study:
+    """Our model under the name of the family, and slim beside it."""
+    record = make_results(others={"slim-nano": options.pop("slim", (29.0, 29.1, 29.2))}, **options)
+    text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
+    return Study(name, tmp_path, Results.from_dict(json.loads(text)), {})
+
+
+def claims_of(*studies: Study) -> dict[str, Answer]:
+    return {a.name: a for a in answer_claims(Evidence({study.name: study for study in studies}, None))}
+
+
+GOOD = {"ours": (27.0, 27.1, 27.2), "llama": (30.0, 30.1, 30.3)}
+
+
+def test_what_holds_in_both_pairs_with_intervals_is_supported(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = claims_of(*(make_study(make_results, tmp_path, name, **GOOD) for name in PAPER))
+    assert list(found) == [f"C{number}" for number in range(1, 15)]
+    assert {found[name].verdict for name in ("C2", "C3", "C4")} == {"supported"}
+    assert "valid 0.899x (" in found["C3"].ours and "large" in found["C3"].ours
+    assert found["C10"].verdict == found["C13"].verdict == found["C5"].verdict == "not measured"
+
+
+def test_one_pair_one_seed_or_a_tie_decides_nothing(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = claims_of(make_study(make_results, tmp_path, "base", **GOOD))
+    assert alone["C2"].verdict == alone["C3"].verdict == "undecided"
+    one_seed = claims_of(*(make_study(make_results, tmp_path, name, slim=(29.0,)) for name in PAPER))
+    assert one_seed["C3"].verdict == one_seed["C4"].verdict == "undecided"
+    tie = {"ours": (27.0, 31.0, 30.0), "llama": (30.0, 28.0, 30.3)}
+    assert claims_of(*(make_study(make_results, tmp_path, n, **tie) for n in PAPER))["C3"].verdict == "undecided"
+
+
+def test_what_one_pair_refutes_is_not_supported(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    worse = {"ours": GOOD["llama"], "llama": GOOD["ours"], "time_ratios": (1.1, 1.2, 1.3)}
+    studies = [make_study(make_results, tmp_path, "base", **GOOD), make_study(make_results, tmp_path, "large", **worse)]
+    found = claims_of(*studies)
+    assert found["C2"].verdict == found["C3"].verdict == "not supported"
+
+
+def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    studies = [make_study(make_results, tmp_path, name, **GOOD) for name in PAPER]
+    total = studies[0].results.model("kalmagrove-nano").parameters.total
+    ratio = total / studies[0].results.model("llama-nano").parameters.total
+    largest = max(pair.ratio("parameters") for pair in PAPER.values())
+    assert claims_of(*studies)["C1"].verdict == ("supported" if ratio <= largest else "not supported")
+    assert f"{ratio:.2f}x" in claims_of(*studies)["C1"].ours
+
+
+def test_nothing_is_judged_from_nothing() -> None:
+    assert judge_below_one([]) == judge_below_one([None]) == "not measured"
+    assert {answer.verdict for answer in answer_claims(Evidence({}, None))} == {"not measured"}
+
+
+def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    record = make_results()
+    record["models"][0]["lr_trials"] = [
+        {"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.3), (1.0, 3.05), (2.0, 3.0), (4.0, None))
+    ]
+    model = Results.from_dict(record).models[0]
+    assert trained_rates(model, 0.1) == 2.0 and trained_rates(model, 1.0) == 4.0
+    assert trained_rates(Results.from_dict(record).models[1], 0.1) is None
+
+
+def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each measurement is a process of its own; the tests of compare do it for real.
+    monkeypatch.setattr(compare_module, "measure_training_memory", lambda *_: 1)
+    words = ["reproduce", "--scale", str(write_plan(tmp_path)), "--data", str(text_file)]
+    words += ["--data_folder", str(tmp_path / "data"), "--other_text", str(text_file), "--out", str(tmp_path / "out")]
+    assert main([*words, "--only", "base"]) == 0
+    page = (tmp_path / "out" / "claims.md").read_text()
+    assert "## base" in page and "## recall" not in page
+    capsys.readouterr()
+    assert main([*words, "--json"]) == 0
+    claims = {claim["name"]: claim for claim in json.loads(capsys.readouterr().out)}
+    assert claims["C13"]["verdict"] == "undecided" and "recall" in claims["C13"]["ours"]
+    assert claims["C3"]["verdict"] == "undecided" and claims["C10"]["verdict"] == "not measured"
+    page = (tmp_path / "out" / "claims.md").read_text()
+    for expected in ("Word perplexity on a second text", "paper, KAN large", "kalmagrove-nano, kalma", "## recall"):
+        assert expected in page
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
+    assert main(words) == 0
+    assert (tmp_path / "out" / "claims.md").read_text() == page
+
+
+def test_wrong_input_is_named_before_anything_is_trained(
+    text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["reproduce", "--scale", str(write_plan(tmp_path)), "--data", str(text_file)]
+    out = tmp_path / "out"
+    for words, message in (
+        (small, "needs --out"),
+        ([*small, "--out", str(out), "--flops_per_second", "1e9"], "--flops_per_second is for --dry_run"),
+        ([*small, "--out", str(out), "--only", "bass"], "there is no study 'bass'"),
+        ([*small, "--out", str(out), "--other_text", str(tmp_path / "none.txt")], "none.txt"),
+    ):
+        assert main(words) in (1, 2)
+        assert message in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*small, "--dry_run", "--flops_per_second", "1e9"]) == 0
+    assert "| all |" in capsys.readouterr().out and not out.exists()
