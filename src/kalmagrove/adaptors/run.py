@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -181,7 +182,7 @@ class AdaptorSession(TrainingSession):
         assert isinstance(config, AdaptConfig) and isinstance(data, PackedText)
         return AdaptorRun(config, data, world)
 
-    def export(self) -> Path:
+    def export(self, scores: Mapping[str, Any] | None = None) -> Path:
         """Writes the adaptor."""
         run, config = self.run, self.run.config
         facts = {

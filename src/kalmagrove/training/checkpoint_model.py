@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
@@ -14,6 +15,7 @@ from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.exporting import require_free_folder
 from kalmagrove.training.checkpoint import checkpoint_path, load_checkpoint, named_steps
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
+from kalmagrove.training.model_card import model_card
 from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 
@@ -46,13 +48,16 @@ def export_checkpoint(run: Path, which: str, folder: Path, *, open_data: Callabl
     return step
 
 
-def write_trained_model(model: KalmaGroveForCausalLM, run: TrainingRun, folder: Path) -> None:
-    """Writes a run's model with its tokeniser; what has the folder's name is replaced.
+def write_trained_model(
+    model: KalmaGroveForCausalLM, run: TrainingRun, folder: Path, scores: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a run's model with its tokeniser and its card; what has the folder's name is replaced.
 
     Args:
         model: All of the run's model, which the run itself may have in shards.
         run: Gives the tokeniser and the context.
         folder: Of the model.
+        scores: By split, for the card; None where it was not scored.
 
     Raises:
         OSError: The folder cannot be written.
@@ -60,6 +65,7 @@ def write_trained_model(model: KalmaGroveForCausalLM, run: TrainingRun, folder: 
     with whole_folder(folder) as temporary:
         save_model(model, temporary)
         run.data.save_beside_model(temporary, context_length=run.config.loop.context_length)
+        (temporary / "README.md").write_text(model_card(run, scores or {}), encoding="utf-8")
 
 
 def train_config_of(run: RunFolder) -> TrainConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +252,15 @@ class TrainingSession:
         """
         self.writer.wait()
 
-    def export(self) -> Path:
-        """Writes the model as a Hugging Face folder with its tokeniser; all processes must call this together."""
+    def export(self, scores: Mapping[str, Any] | None = None) -> Path:
+        """Writes the model as a Hugging Face folder with its tokeniser and card; all processes must call this together.
+
+        Args:
+            scores: By split, for the card.
+        """
         model = self.run.whole_model()
         if self.world.is_first:
-            write_trained_model(model, self.run, self.folder.model_path)
+            write_trained_model(model, self.run, self.folder.model_path, scores)
         return self.folder.model_path
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -267,7 +271,7 @@ class TrainingSession:
             prune(self.folder.checkpoints_path, self.run.step, keep_last, self._best_steps())
         best = [{"step": step, "valid_loss": self.evaluations[step]} for step in self._best_steps()]
         whole_result = result | {"seconds": self.seconds, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        self.export()
+        self.export({split: result[split] for split in ("valid", "test") if split in result})
         if self.energy is not None:
             whole_result |= self.energy.result()
         if self.world.is_first:
