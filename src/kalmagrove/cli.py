@@ -31,6 +31,7 @@ COMMANDS = {
     "scale": "scaling laws of finished runs (scale fit)",
     "reproduce": "the paper's table and claims, trained again and answered",
     "report": "write a comparison's report again",
+    "completion": "a script by which your shell completes commands and flags",
 }
 _HELP = """usage: kalmagrove COMMAND [options]
 
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        print(_HELP.format(commands="\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())))
         return 0 if words else 2
     if words[0] == "--version":
         from kalmagrove import __version__
