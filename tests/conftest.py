@@ -138,6 +138,7 @@ def make_results() -> Callable[..., Record]:
                 "fingerprint": "1234abcd",
                 "vocab_size": 300,
                 "tokenizer_fingerprint": "5678abcd",
+                "modality": "text",
                 "splits": {"train": {"tokens": 8000, "bytes": 24000, "words": 4000, "documents": 12}},
             },
             "budget": {"tokens": 10000, "steps": 20, "tokens_per_step": 500, "context_length": 64, "epochs": 1.25},

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from kalmagrove.report.page import render_page
 from kalmagrove.report.results import Results
 from kalmagrove.report.table import (
     Cell,
@@ -144,3 +145,15 @@ def test_the_terminal_table_has_the_same_cells_and_takes_names_as_they_are(make_
     assert "[red]ours" in text
     assert "27.00, 0.900x" in text
     assert "learning rates not tuned: preset defaults" in text
+
+
+def test_a_table_of_data_has_values_where_a_text_has_words(make_results: Callable[..., dict[str, Any]]) -> None:
+    record = make_results()
+    labels = [row.label for row in build_table(Results.from_dict(record)).rows]
+    assert "Test word perplexity" in labels
+    record["data"]["modality"] = "table"
+    results = Results.from_dict(record)
+    labels = [row.label for row in build_table(results).rows]
+    assert "Test perplexity a value" in labels and not any("word" in label for label in labels)
+    page = render_page(results)
+    assert ">Rows<" in page and "Words" not in page and "ord perplexity" not in page

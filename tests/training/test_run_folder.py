@@ -207,3 +207,15 @@ def test_an_unusable_result_is_named(tmp_path: Path, content: str, message: str)
     run.result_path.write_text(content)
     with pytest.raises(KalmaGroveError, match=rf"result\.json {message}; delete it and run again"):
         run.read_result()
+
+
+def test_an_option_that_is_newer_than_the_folder_has_its_usual_value(tmp_path: Path) -> None:
+    old = {"model": {"width": 12}, "loop": {"tokens": 5}}
+    open_run_folder(tmp_path / "a", old).release()
+    usual = {"model": {"width": 12, "bias": False}, "data": {"bins": 64}}
+    new = {"model": {"width": 12, "bias": False}, "loop": {"tokens": 5}}
+    open_run_folder(tmp_path / "a", new, usual=usual).release()
+    with pytest.raises(KalmaGroveError, match=r"model.bias: False -> True"):
+        open_run_folder(tmp_path / "a", {"model": {"width": 12, "bias": True}, "loop": {"tokens": 5}}, usual=usual)
+    with pytest.raises(KalmaGroveError, match=r"data: \(absent\) -> "):
+        open_run_folder(tmp_path / "a", new | {"data": {"bins": 64}}, usual=usual)

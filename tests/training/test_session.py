@@ -465,3 +465,17 @@ def test_best_checkpoints_that_are_gone_do_not_count(
     result = session.folder.read_result()
     assert result is not None and result["best_checkpoints"] == [{"step": 5, "valid_loss": 2.2}]
     assert kept_steps(session) == [5, 7]
+
+
+def test_a_run_of_before_an_option_existed_goes_on(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path / "run")
+    session.advance()
+    session.save()
+    session.close()
+    path = tmp_path / "run" / "config.yaml"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if "patch_size" not in line and "core_lr" not in line))
+    assert len(lines) == len(path.read_text().splitlines()) + 2
+    again = TrainingSession(config(), packed, tmp_path / "run")
+    assert again.resumed_from == 1
+    again.close()

@@ -60,6 +60,7 @@ def collect_results(
             "fingerprint": data.fingerprint,
             "vocab_size": data.vocab_size,
             "tokenizer_fingerprint": data.tokenizer_fingerprint,
+            "modality": config.data.modality,
             "splits": {
                 name: {key: getattr(info, key) for key in ("tokens", "bytes", "words", "documents")}
                 for name, info in data.splits.items()

@@ -20,7 +20,7 @@ from kalmagrove.data.training_data import TrainingData
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
-from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options
+from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
@@ -76,7 +76,7 @@ def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
     """The comparison's folder, which the first process holds for all."""
     if not world.is_first:
         return RunFolder(folder)
-    return open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
+    return open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config))
 
 
 class _Plan:

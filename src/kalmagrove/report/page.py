@@ -12,6 +12,7 @@ from kalmagrove.report.figures import line_colour, loss_chart, ratio_chart
 from kalmagrove.report.results import Environment, Model, Results
 from kalmagrove.report.table import build_table, format_bytes, format_count, to_markdown, tokens_a_parameter
 from kalmagrove.report.verdict import verdict
+from kalmagrove.report.wording import wording_of
 
 TEMPLATE = "page.html.jinja"
 DEFAULT = "default"
@@ -69,6 +70,7 @@ def render_page(results: Results) -> str:
     templates.filters |= {"count": format_count, "times": _with_times_signs}
     return templates.get_template(TEMPLATE).render(
         results=results,
+        wording=wording_of(results.data.modality),
         verdict=verdict(results),
         table=build_table(results),
         colours={model.name: line_colour(results, model.name) for model in results.models},

@@ -151,13 +151,14 @@ class SplitSize:
 
 @dataclass(frozen=True)
 class Data:
-    """The text that every model was trained and judged on."""
+    """The text that every model was trained and judged on; or a table, images or mixed lines, by its modality."""
 
     source: str
     fingerprint: str
     vocab_size: int
     tokenizer_fingerprint: str
     splits: Mapping[str, SplitSize]
+    modality: str = "text"
 
 
 @dataclass(frozen=True)

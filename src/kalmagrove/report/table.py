@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kalmagrove.report.results import Metric, Model, Results, Run, Split
 from kalmagrove.report.statistics import mean_interval, median_spread, ratio_interval
+from kalmagrove.report.wording import wording_of
 
 if TYPE_CHECKING:
     import rich.table
@@ -106,6 +107,7 @@ class Table:
 
 def build_table(results: Results) -> Table:
     """The table of a comparison, finished or not."""
+    by_value = wording_of(results.data.modality).by_value
     columns = tuple(Column(model.name, model.optim, _role(results, model)) for model in results.models)
     rows = (
         _cost_row(results, "Parameters", lambda m: m.parameters.total, format_count),
@@ -116,8 +118,8 @@ def build_table(results: Results) -> Table:
         _cost_row(results, "Decoding state at full context", lambda m: m.decode_state_bytes, format_bytes),
         _score_row(results, "Validation perplexity", "valid", "perplexity"),
         _score_row(results, "Test perplexity", "test", "perplexity", main=True),
-        _score_row(results, "Validation word perplexity", "valid", "word_perplexity"),
-        _score_row(results, "Test word perplexity", "test", "word_perplexity"),
+        _score_row(results, f"Validation {by_value}", "valid", "word_perplexity"),
+        _score_row(results, f"Test {by_value}", "test", "word_perplexity"),
         _score_row(results, "Test bits a byte", "test", "bits_per_byte"),
     )
     return Table(results.title, columns, rows, tuple(_notes(results)))

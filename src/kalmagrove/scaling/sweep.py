@@ -23,7 +23,7 @@ from kalmagrove.scaling.points import TABLE
 from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
 from kalmagrove.scaling.worker import known_losses, loss_of, outcome_rows, tuning_report, work
-from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
+from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment, keep_freed_memory
 from kalmagrove.training.run_folder import open_run_folder
 from kalmagrove.training.signals import Interrupted, StopRequest
@@ -56,7 +56,7 @@ def sweep(
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: The folder belongs to another ladder, or a run cannot be done.
     """
-    open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS).release()
+    open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config)).release()
     share = open_share(config, data, folder, storage)
     losses, done = known_losses(config, share)
     if len(done) < len(all_runs(config, losses)) or len(best_scales(config, losses)) < len(config.family_list()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
@@ -389,6 +389,18 @@ def plain_options(config: Any) -> dict[str, Any]:
     options = asdict(config)
     options["loop"]["tokens"] = parse_count(options["loop"]["tokens"])
     return options
+
+
+def usual_options(config: Any) -> dict[str, Any]:
+    """The values that a configuration's options have when nothing is said, as nested dictionaries."""
+    usual: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            usual[item.name] = usual_options(value)
+        elif item.default is not MISSING:
+            usual[item.name] = item.default
+    return usual
 
 
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}

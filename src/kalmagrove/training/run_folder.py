@@ -173,7 +173,11 @@ class RunFolder:
 
 
 def open_run_folder(
-    folder: Path, config: Mapping[str, Any], *, allow_changed: frozenset[str] = frozenset()
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    allow_changed: frozenset[str] = frozenset(),
+    usual: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Create a run's folder, or open it again to continue with the same configuration.
 
@@ -183,6 +187,8 @@ def open_run_folder(
         folder: The run's folder; it may be missing or empty.
         config: The whole resolved configuration: nested mappings, sequences, paths and plain values.
         allow_changed: Dotted names of keys, or of groups of keys, that may differ from the folder's.
+        usual: Values that keys have when nothing else is said: those of keys that the folder's configuration lacks,
+            because it was written before they existed.
 
     Returns:
         The folder, locked against other processes until it is released.
@@ -201,7 +207,7 @@ def open_run_folder(
         _remove_temporaries(folder)
         text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         if run.config_path.exists():
-            _require_same_config(run, yaml.safe_load(text), allow_changed)
+            _require_same_config(run, yaml.safe_load(text), allow_changed, _plain(usual or {}))
         else:
             write_text_atomic(run.config_path, text)
     except BaseException:
@@ -243,8 +249,10 @@ def _remove_temporaries(folder: Path) -> None:
         remove(path)
 
 
-def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_changed: frozenset[str]) -> None:
-    stored = run.read_config()
+def _require_same_config(
+    run: RunFolder, config: Mapping[str, Any], allow_changed: frozenset[str], usual: Mapping[str, Any]
+) -> None:
+    stored = _with_usual(run.read_config(), usual)
     differences = [
         f"{_shorten(name)}: {_shorten(old)} -> {_shorten(new)}"
         for name, old, new in _differences(stored, config, "")
@@ -257,6 +265,18 @@ def _require_same_config(run: RunFolder, config: Mapping[str, Any], allow_change
             f"Run folder {run.path} belongs to another configuration ({shown}); "
             "choose another folder or delete this one"
         )
+
+
+def _with_usual(stored: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with the usual values of single keys that it lacks; a whole group is not made up."""
+    filled = dict(stored)
+    for key, value in usual.items():
+        if isinstance(value, dict):
+            if isinstance(stored.get(key), dict):
+                filled[key] = _with_usual(stored[key], value)
+        else:
+            filled.setdefault(key, value)
+    return filled
 
 
 def _plain(value: Any) -> Any:

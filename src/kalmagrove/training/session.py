@@ -20,7 +20,7 @@ from kalmagrove.training.checkpoint import (
     set_aside,
 )
 from kalmagrove.training.checkpoint_model import write_trained_model
-from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options
+from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_options, usual_options
 from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
 from kalmagrove.training.run import StepResult, TrainingDiverged, TrainingRun
@@ -61,7 +61,7 @@ class TrainingSession:
         check_energy(config.energy)
         self.run, self.world = self._make_run(config, data, world), world
         self.folder = (
-            open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS)
+            open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config))
             if world.is_first
             else RunFolder(folder)
         )
