@@ -9,8 +9,10 @@ author = "The KalmaGrove authors"
 copyright = "The KalmaGrove authors, Apache-2.0"
 version = release = installed_version("kalmagrove")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-source_suffix = {".md": "markdown"}
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
+# The tests run the notebooks; the site shows what they left.
+nb_execution_mode = "off"
 exclude_patterns = ["_build"]
 
 myst_heading_anchors = 4
