@@ -19,10 +19,10 @@ from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, best_scales, 
 from kalmagrove.scaling.points import read_points
 from kalmagrove.scaling.share import FolderShare, run_path
 from kalmagrove.scaling.study import open_study
-from kalmagrove.scaling.sweep import write_tables
+from kalmagrove.scaling.sweep import sweep, write_tables
 from kalmagrove.scaling.worker import known_losses, loss_of, runs_to_do, tuning_report, work
 from kalmagrove.training.config import DataConfig, LoopConfig, plain_options
-from kalmagrove.training.run_folder import open_run_folder
+from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted
 from kalmagrove.training.watching import FolderWatch
@@ -49,6 +49,22 @@ def finished(packed: PackedText, tmp_path_factory: pytest.TempPathFactory) -> Pa
     open_run_folder(folder, plain_options(CONFIG)).release()
     work(CONFIG, packed, folder, FolderShare(folder))
     return folder
+
+
+def test_a_ladder_that_grows_trains_only_what_is_new(packed: PackedText, tmp_path: Path) -> None:
+    small = replace(CONFIG, families="kalmagrove", sizes=["16x1"], tokens=["512"])
+
+    def done(config: SweepConfig) -> dict[str, Any]:
+        terms: dict[str, Any] = {"workers": 1, "storage": None, "command": "kalmagrove scale sweep", "say": print}
+        return sweep(config, packed, tmp_path / "ladder", **terms)
+
+    assert done(small)["runs"] == 1
+    before = {path: path.read_bytes() for path in (tmp_path / "ladder").rglob("result.json")}
+    assert done(replace(small, sizes=["16x1", "24x1"], seeds="0,1"))["runs"] == 4
+    assert len(before) == 1 and all(path.read_bytes() == content for path, content in before.items())
+    assert RunFolder(tmp_path / "ladder").read_config()["sizes"] == ["16x1", "24x1"]
+    with pytest.raises(KalmaGroveError, match="another configuration .head_dim: 8 -> 4"):
+        done(replace(small, head_dim=4))
 
 
 def test_the_table_has_a_sound_point_for_each_run(finished: Path, packed: PackedText) -> None:

@@ -31,12 +31,16 @@ from kalmagrove.training.watching import SWEEP_FACTS
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_LOOKS = 0.5
+GROWING_OPTIONS = frozenset(
+    {"families", "sizes", "tokens", "rank_ratios", "seeds", "repeated_sizes", "trials", "checked_size"}
+)
+"""Options that say which runs there are and not what a run is, so that a ladder may get more of them."""
 
 
 def sweep(
     config: SweepConfig, data: PackedText, folder: Path, *, workers: int, storage: str | None, command: str, say: Say
 ) -> dict[str, Any]:
-    """Trains every run of a ladder, or goes on where an earlier call stopped.
+    """Trains every run of a ladder, or goes on where an earlier call stopped, perhaps with a ladder that has grown.
 
     Several machines may do this at once: on one folder that all see, or each on its own with one ``storage``.
 
@@ -56,7 +60,10 @@ def sweep(
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: The folder belongs to another ladder, or a run cannot be done.
     """
-    open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config)).release()
+    options = plain_options(config)
+    may_change = NEUTRAL_OPTIONS | GROWING_OPTIONS
+    with open_run_folder(folder, options, allow_changed=may_change, usual=usual_options(config)) as root:
+        root.write_config(options)
     share = open_share(config, data, folder, storage)
     losses, done = known_losses(config, share)
     if len(done) < len(all_runs(config, losses)) or len(best_scales(config, losses)) < len(config.family_list()):

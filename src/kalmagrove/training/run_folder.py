@@ -90,6 +90,10 @@ class RunFolder:
             raise KalmaGroveError(f"{self.config_path} does not hold a configuration; choose another run folder")
         return config
 
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        """Replace the configuration in one step, for what may grow."""
+        write_text_atomic(self.config_path, _as_yaml(config))
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Return the metrics records, without a last line that a crash cut.
 
@@ -205,11 +209,10 @@ def open_run_folder(
     lock = _lock(folder)
     try:
         _remove_temporaries(folder)
-        text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
         if run.config_path.exists():
-            _require_same_config(run, yaml.safe_load(text), allow_changed, _plain(usual or {}))
+            _require_same_config(run, yaml.safe_load(_as_yaml(config)), allow_changed, _plain(usual or {}))
         else:
-            write_text_atomic(run.config_path, text)
+            run.write_config(config)
     except BaseException:
         lock.close()
         raise
@@ -277,6 +280,12 @@ def _with_usual(stored: dict[str, Any], usual: Mapping[str, Any]) -> dict[str, A
         else:
             filled.setdefault(key, value)
     return filled
+
+
+def _as_yaml(config: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
 
 
 def _plain(value: Any) -> Any:
