@@ -1,0 +1,272 @@
+"""Tries to break the comparison: other texts, contexts, batches and lengths, and a baseline that is tuned further.
+
+    python benchmarks/attack.py --texts ../texts
+    python benchmarks/attack.py --texts ../texts --settings usual "four times the tokens" --seeds 0 1 2
+    python benchmarks/attack.py --texts ../texts --page docs/results/attack.md
+
+Each setting trains llama with AdamW, slim with Kalma and kalmagrove with Kalma; the learning rate of each is tuned on
+the first seed with full runs, x1, x2 and x4 and further while the best is at the edge. --texts is a folder with one
+for each text (textbooks, technical, biomedical, shakespeare); a text that is not there is passed over by name. A run
+leaves one JSON file under --out and is not repeated. All of it takes about four hours on two slow cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kalmagrove.commands.parsing import open_data
+from kalmagrove.data.packing import PackedText, open_packed
+from kalmagrove.files import write_text_atomic
+from kalmagrove.models.accounting import count_parameters
+from kalmagrove.report.statistics import ratio_interval
+from kalmagrove.reproduction.answers import shown
+from kalmagrove.training.config import (
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    further_trial,
+)
+from kalmagrove.training.environment import describe_environment
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.trainer import score_split
+from parallel import stored, workers
+
+Record = dict[str, Any]
+MODELS = {"llama": "adamw", "slim": "kalma", "kalmagrove": "kalma"}
+FIRST_RATES, MOST_FURTHER = (1.0, 2.0, 4.0), 3
+TAIL_PART, TAIL_SAMPLES = 0.2, 20
+"""The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is different from the usual.
+
+    Attributes:
+        name: Of the setting.
+        text: Folder below --texts; None is the built-in corpus of Python code.
+        tokens: Training tokens.
+        batch_size: Sequences of a step.
+        context_length: Tokens of a sequence.
+        seed_shift: Added to every seed.
+        baseline: Options of the optimiser that llama alone gets.
+        shape: Options of the model that llama alone gets.
+        tail_average: Whether llama is scored with the mean of its last weights.
+    """
+
+    name: str
+    text: str | None = "textbooks"
+    tokens: str = "1m"
+    batch_size: int = 8
+    context_length: int = 256
+    seed_shift: int = 0
+    baseline: dict[str, Any] = field(default_factory=dict)
+    shape: dict[str, Any] = field(default_factory=dict)
+    tail_average: bool = False
+
+
+USUAL = Setting("usual")
+SETTINGS = [
+    USUAL,
+    replace(USUAL, name="other seeds", seed_shift=100),
+    *(replace(USUAL, name=text, text=text) for text in ("technical", "biomedical", "shakespeare")),
+    replace(USUAL, name="Python code", text=None),
+    replace(USUAL, name="context 64", context_length=64, batch_size=32),
+    replace(USUAL, name="context 1024", context_length=1024, batch_size=2),
+    replace(USUAL, name="a quarter of the batch", batch_size=2),
+    replace(USUAL, name="four times the batch", batch_size=32),
+    replace(USUAL, name="four times the tokens", tokens="4m"),
+    replace(USUAL, name="baseline: no weight decay", baseline={"weight_decay": 0.0}),
+    replace(USUAL, name="baseline: beta2 0.99", baseline={"beta2": 0.99}),
+    replace(USUAL, name="baseline: cosine", baseline={"schedule": "cosine"}),
+    replace(USUAL, name="baseline: short warm-up", baseline={"warmup": 0.02}),
+    replace(USUAL, name="baseline: deeper", shape={"hidden_size": 80, "num_hidden_layers": 6}),
+    replace(USUAL, name="baseline: wider", shape={"hidden_size": 128, "num_hidden_layers": 2}),
+    replace(USUAL, name="baseline: tail average", tail_average=True),
+]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    setting: Setting
+    model: str
+    lr_scale: float
+    seed: int
+    size: str
+    data_folder: Path
+    out: Path
+
+    @property
+    def path(self) -> Path:
+        """Its record."""
+        name = self.setting.name.replace(": ", "-").replace(" ", "-")
+        return self.out / self.size / name / f"{self.model}-x{self.lr_scale:g}-seed{self.seed}.json"
+
+
+def train_config(job: Job) -> TrainConfig:
+    """The run of a job; what a baseline gets, the others do not."""
+    setting, is_baseline = job.setting, job.model == "llama"
+    return TrainConfig(
+        model=ModelConfig(preset=f"{job.model}-{job.size}", **(setting.shape if is_baseline else {})),
+        optim=OptimConfig(
+            name=MODELS[job.model],  # type: ignore[arg-type]
+            lr_scale=job.lr_scale,
+            **(setting.baseline if is_baseline else {}),
+        ),
+        loop=LoopConfig(
+            tokens=setting.tokens,
+            batch_size=setting.batch_size,
+            context_length=setting.context_length,
+            seed=job.seed + setting.seed_shift,
+        ),
+    )
+
+
+def train(job: Job) -> Record:
+    """Trains one model and scores it on the validation and the test split."""
+    run = TrainingRun(train_config(job), open_packed(job.data_folder, verify=False))
+    averages = job.setting.tail_average and job.model == "llama"
+    first = round(run.total_steps * (1 - TAIL_PART))
+    every = max(1, (run.total_steps - first) // TAIL_SAMPLES)
+    tail: list[dict[str, torch.Tensor]] = []
+    diverged = False
+    while not (run.done or diverged):
+        try:
+            run.train_step()
+        except TrainingDiverged:
+            diverged = True
+        if averages and run.step > first and (run.step - first) % every == 0:
+            tail.append(copy.deepcopy(run.model.state_dict()))
+    if tail:
+        run.model.load_state_dict({name: torch.stack([w[name] for w in tail]).mean(0) for name in tail[0]})
+    return {
+        "setting": job.setting.name,
+        "model": job.model,
+        "lr_scale": job.lr_scale,
+        "seed": job.seed,
+        "parameters": count_parameters(run.model).total,
+        **{split: None if diverged else score_split(run, split).to_dict() for split in ("valid", "test")},
+        "data_fingerprint": run.data.fingerprint,
+        "environment": describe_environment(),
+    }
+
+
+def run_job(job: Job) -> Record:
+    """The record of a job: read where it exists, else trained and written."""
+    return stored(job.path, partial(train, job))
+
+
+def describe(record: Record) -> str:
+    """One line of progress."""
+    loss = "diverged" if record["valid"] is None else f"valid {record['valid']['loss']:.4f}"
+    return f"{record['setting']}: {record['model']} x{record['lr_scale']:g} seed {record['seed']}: {loss}"
+
+
+def tuned(run_all: Callable[[list[Job]], list[Record]], base: Job, models: Sequence[str]) -> dict[str, float]:
+    """The best factor of each model on the first seed."""
+    losses: dict[str, dict[float, float]] = {model: {} for model in models}
+
+    def attempt(jobs: list[Job]) -> None:
+        for job, record in zip(jobs, run_all(jobs), strict=True):
+            losses[job.model][job.lr_scale] = math.inf if record["valid"] is None else record["valid"]["loss"]
+
+    attempt([replace(base, model=model, lr_scale=scale) for model in models for scale in FIRST_RATES])
+    for _ in range(MOST_FURTHER):
+        further = {model: further_trial(tried) for model, tried in losses.items()}
+        jobs = [replace(base, model=model, lr_scale=scale) for model, scale in further.items() if scale is not None]
+        if not jobs:
+            break
+        attempt(jobs)
+    return {model: min(tried, key=lambda scale: tried[scale]) for model, tried in losses.items()}
+
+
+def row(setting: Setting, rates: dict[str, float], records: list[Record]) -> str:
+    """A line of the table."""
+    scores = {
+        model: {r["seed"]: r["test"]["perplexity"] for r in records if r["model"] == model and r["test"] is not None}
+        for model in MODELS
+    }
+    ratios = [shown(ratio_interval(scores["kalmagrove"], scores[rival])) for rival in ("llama", "slim")]
+    chosen = ", ".join(f"x{rates[model]:g}" for model in MODELS)
+    mean = math.exp(sum(map(math.log, scores["llama"].values())) / max(1, len(scores["llama"])))
+    return f"| {setting.name} | {setting.tokens} | {mean:.2f} | {ratios[0]} | {ratios[1]} | {chosen} |"
+
+
+def page(rows: list[str], options: argparse.Namespace) -> str:
+    """The page as Markdown."""
+    seeds = " ".join(map(str, options.seeds))
+    environment = describe_environment()
+    return "\n".join(
+        [
+            "# Where it holds and where it fades",
+            "",
+            f"    python benchmarks/attack.py --texts texts/ --size {options.size} --seeds {seeds}",
+            "",
+            f"kalmagrove-{options.size} with Kalma against llama-{options.size} with AdamW and slim-{options.size} "
+            "with Kalma, each tuned in each setting (x1, x2, x4 of its usual rates and further while the best was at "
+            f"the edge); ratios of test perplexity, paired by seed. {environment.get('cpu')}, one thread a run. What "
+            f"is not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
+            f"{USUAL.context_length} a step.",
+            "",
+            "| setting | tokens | llama's perplexity | against llama (95 %) | against slim (95 %) | rates, in turn |",
+            "| :-- | --: | --: | --: | --: | --: |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def data_of(setting: Setting, options: argparse.Namespace) -> PackedText | None:
+    """The packed text of a setting; None where it is not here."""
+    source = None if setting.text is None else options.texts / setting.text
+    if source is not None and not source.exists():
+        print(f"passed over {setting.name}: {source} is not here")
+        return None
+    data = open_data(DataConfig(source=None if source is None else str(source), vocab_size=1024))
+    assert isinstance(data, PackedText)
+    return data
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, required=True, help="folder with a folder for each text")
+    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], default=[s.name for s in SETTINGS])
+    parser.add_argument("--size", default="nano")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("runs/attack"))
+    parser.add_argument("--page", type=Path, default=None)
+    options = parser.parse_args()
+    rows = []
+    with workers(run_job, describe, options.workers) as run_all:
+        for setting in (s for s in SETTINGS if s.name in options.settings):
+            data = data_of(setting, options)
+            if data is None:
+                continue
+            base = Job(setting, "llama", 1.0, options.seeds[0], options.size, data.folder, options.out)
+            rates = tuned(run_all, base, list(MODELS))
+            jobs = [replace(base, model=m, lr_scale=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
+            rows.append(row(setting, rates, run_all(jobs)))
+            print(rows[-1], flush=True)
+    text = page(rows, options)
+    print(text)
+    if options.page is not None:
+        write_text_atomic(options.page, text)
+
+
+if __name__ == "__main__":
+    main()
