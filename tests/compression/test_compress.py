@@ -16,7 +16,9 @@ from kalmagrove.compression.compress import CompressResult, compress
 from kalmagrove.compression.options import CompressOptions
 from kalmagrove.compression.refit import RefitLength, parse_refit
 from kalmagrove.compression.source import open_source
+from kalmagrove.compression.work import WorkFolder
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.locks import FolderInUse
 
 
 @pytest.fixture
@@ -67,6 +69,17 @@ def test_what_the_loss_feels_matters_more_than_chance(options: CompressOptions) 
 
 class Cut(Exception):
     """Ends a compression in the middle."""
+
+
+def test_two_processes_do_not_compress_into_one_folder(options: CompressOptions) -> None:
+    path = options.out.with_name("small.work")
+
+    def meet(now: str, done: float) -> None:
+        with pytest.raises(FolderInUse, match=r"small\.work is in use by another process"):
+            WorkFolder(path, {})
+
+    compress(options, meet)
+    assert options.out.is_dir() and not path.exists()
 
 
 @pytest.mark.parametrize("stage", ["watching the dense model", "factorising layers"])

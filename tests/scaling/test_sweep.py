@@ -63,7 +63,7 @@ def test_a_ladder_that_grows_trains_only_what_is_new(packed: PackedText, tmp_pat
     assert done(replace(small, sizes=["16x1", "24x1"], seeds="0,1"))["runs"] == 4
     assert len(before) == 1 and all(path.read_bytes() == content for path, content in before.items())
     assert RunFolder(tmp_path / "ladder").read_config()["sizes"] == ["16x1", "24x1"]
-    with pytest.raises(KalmaGroveError, match="another configuration .head_dim: 8 -> 4"):
+    with pytest.raises(KalmaGroveError, match=r"another configuration \(head_dim: 8 -> 4"):
         done(replace(small, head_dim=4))
 
 

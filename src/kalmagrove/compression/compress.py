@@ -22,7 +22,7 @@ from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import LONGEST_CONTEXT, CompressOptions
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.planning import check_reach, make_plan
-from kalmagrove.compression.refit import RefitResult, parse_refit, refit
+from kalmagrove.compression.refit import RefitLength, RefitResult, parse_refit, refit
 from kalmagrove.compression.sites import Matrix, find_matrices
 from kalmagrove.compression.source import Source, open_source, save_tokenizer_of, tokenizer_folder
 from kalmagrove.compression.work import WorkFolder, fingerprint_of
@@ -93,41 +93,52 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
     before = measure(dense, text.valid, dtype=source.dtype, precision=precision)
     check_reach(options, dense, matrices, before.perplexity)
     out = options.out.resolve()
-    work = WorkFolder(out.with_name(f"{out.name}.work"), _identity(options, source, text, precision))
-    store = MomentStore(work, matrices)
-    _gather(store, dense, text.train, options.seed, precision, progress)
-    choices = make_plan(options, dense, store, text, precision, progress)
-    factors, followed = _better_fit(dense, matrices, choices, store, text, precision, progress)
-    model = compressed_model(dense, matrices, choices, factors)
-    result = None
-    if length is not None:
-        teacher = open_source(options.source).model.to(device)
-        result = refit(
-            model,
-            teacher,
-            text.train,
-            text.valid,
-            length,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            precision=precision,
-            progress=lambda done: progress("refitting", done),
+    path = out.with_name(f"{out.name}.work")
+    with WorkFolder(path, _identity(options, source, text, precision)) as work:
+        store = MomentStore(work, matrices)
+        _gather(store, dense, text.train, options.seed, precision, progress)
+        choices = make_plan(options, dense, store, text, precision, progress)
+        factors, followed = _better_fit(dense, matrices, choices, store, text, precision, progress)
+        model = compressed_model(dense, matrices, choices, factors)
+        result = None if length is None else _refitted(model, options, length, text, device, precision, progress)
+        # As they will be read again: rounded to the source's type.
+        model = model.to(source.dtype).to(torch.float32)
+        after = measure(model, text.valid, dtype=source.dtype, precision=precision)
+        factorised = [choice for choice in choices if not choice.is_dense]
+        summary = CompressResult(
+            before,
+            after,
+            factorised=sum(len(choice.group.members) for choice in factorised),
+            shared=sum(len(choice.group.members) for choice in factorised if len(choice.group.members) > 1),
+            followed=followed,
+            refit=result,
         )
-    # As they will be read again: rounded to the source's type.
-    model = model.to(source.dtype).to(torch.float32)
-    after = measure(model, text.valid, dtype=source.dtype, precision=precision)
-    factorised = [choice for choice in choices if not choice.is_dense]
-    summary = CompressResult(
-        before,
-        after,
-        factorised=sum(len(choice.group.members) for choice in factorised),
-        shared=sum(len(choice.group.members) for choice in factorised if len(choice.group.members) > 1),
-        followed=followed,
-        refit=result,
-    )
-    _write(model.to(source.dtype), source, options, summary)
-    work.remove()
+        _write(model.to(source.dtype), source, options, summary)
+        work.remove()
     return summary
+
+
+def _refitted(
+    model: CompressedForCausalLM,
+    options: CompressOptions,
+    length: RefitLength,
+    text: CalibrationText,
+    device: torch.device,
+    precision: str,
+    progress: Progress,
+) -> RefitResult:
+    """Fits a compressed model to its source's logits and hidden states."""
+    return refit(
+        model,
+        open_source(options.source).model.to(device),
+        text.train,
+        text.valid,
+        length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        precision=precision,
+        progress=lambda done: progress("refitting", done),
+    )
 
 
 def _better_fit(

@@ -7,7 +7,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import fsync_file, remove, remove_abandoned, temporary_name, write_json_atomic
+from kalmagrove.locks import lock_folder, unlock
 
 
 class WorkFolder:
@@ -26,20 +28,29 @@ class WorkFolder:
 
     Raises:
         UsageError: The folder is of another compression.
+        FolderInUse: Another process compresses there.
         OSError: It cannot be written.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(path, "Work folder")
+        try:
+            self._claim(identity)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, identity: Mapping[str, Any]) -> None:
         known = self.read_json("identity")
         if known is None:
-            write_json_atomic(path / "identity.json", dict(identity))
+            write_json_atomic(self.path / "identity.json", dict(identity))
         elif known != json.loads(json.dumps(identity)):
             differing = sorted(key for key in {*known, *identity} if known.get(key) != identity.get(key))
             raise UsageError(
-                f"{path} holds an unfinished compression with other options ({', '.join(differing)}); give the same "
-                "ones to go on, or remove the folder to begin anew"
+                f"{self.path} holds an unfinished compression with other options ({', '.join(differing)}); give the "
+                "same ones to go on, or remove the folder to begin anew"
             )
 
     def read_tensors(self, name: str) -> dict[str, Tensor] | None:
@@ -95,7 +106,22 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Removes the folder and all that was done."""
+        self.close()
         remove(self.path)
+
+    def close(self) -> None:
+        """Gives the folder free; doing so twice is harmless."""
+        if not self._lock.closed:
+            unlock(self._lock)
+            self._lock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def fingerprint_of(files: list[Path]) -> str:

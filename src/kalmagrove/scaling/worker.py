@@ -11,12 +11,12 @@ from typing import Any
 
 from kalmagrove.data.packing import PackedText
 from kalmagrove.files import remove
+from kalmagrove.locks import FolderInUse
 from kalmagrove.report.table import format_count
 from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, trials
 from kalmagrove.scaling.share import Result, Share, run_path
 from kalmagrove.training.run import TrainingDiverged
-from kalmagrove.training.run_folder import RunFolderInUse
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.trainer import evaluate_run
@@ -58,7 +58,7 @@ def work(
             try:
                 with claim.held():
                     result = train_rung(config, claim.rung, data, folder, stop)
-            except RunFolderInUse:
+            except FolderInUse:
                 claim.give_back()
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 continue
@@ -104,7 +104,7 @@ def train_rung(config: SweepConfig, rung: Rung, data: PackedText, folder: Path, 
 
     Raises:
         Interrupted: A signal came; the run was saved.
-        RunFolderInUse: Another process trains it.
+        FolderInUse: Another process trains it.
     """
     session = TrainingSession(config.train_config(rung), data, run_path(folder, rung))
     try:

@@ -1,11 +1,8 @@
 """Keep everything about one training run in one folder, which one process at a time may use."""
 
-import errno
 import json
 import os
 import reprlib
-import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +11,11 @@ from typing import IO, Any, Self
 
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import remove, write_json_atomic, write_text_atomic
+from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 
-LOCK_NAME = ".lock"
-_LOCK_ATTEMPTS, _SECONDS_BETWEEN_ATTEMPTS = 5, 0.05
 _ABSENT = "(absent)"
 _SHOWN_DIFFERENCES = 3
 _SHOWN_CHARACTERS = 60
-_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-
-
-class RunFolderInUse(KalmaGroveError):
-    """Another process holds the run folder."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class RunFolder:
     def release(self) -> None:
         """Let other processes use the folder; doing so twice is harmless."""
         if self.lock is not None and not self.lock.closed:
-            _unlock(self.lock)
+            unlock(self.lock)
             self.lock.close()
 
     def __enter__(self) -> Self:
@@ -198,7 +189,7 @@ def open_run_folder(
         The folder, locked against other processes until it is released.
 
     Raises:
-        RunFolderInUse: Another process holds it.
+        FolderInUse: Another process holds it.
         KalmaGroveError: The folder holds something else, or belongs to another configuration.
     """
     import yaml
@@ -206,7 +197,7 @@ def open_run_folder(
     run = RunFolder(folder)
     _require_run_folder_or_empty(run)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = _lock(folder)
+    lock = lock_folder(folder, "Run folder")
     try:
         _remove_temporaries(folder)
         if run.config_path.exists():
@@ -314,45 +305,3 @@ def _shorten(value: Any) -> str:
     # An alias can make a small file a huge value, so what is nested is not written out.
     text = " ".join((reprlib.repr(value) if isinstance(value, dict | list) else str(value)).split())
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
-
-
-def _lock(folder: Path) -> IO[bytes]:
-    """Open the folder's lock file and hold it; the system frees it when the process ends in any way."""
-    file = (folder / LOCK_NAME).open("ab")
-    try:
-        # A reader that looks whether a run is alive holds the lock for a moment.
-        for attempt in range(_LOCK_ATTEMPTS):
-            try:
-                _take_lock(file)
-                return file
-            except BlockingIOError:
-                if attempt == _LOCK_ATTEMPTS - 1:
-                    raise
-                time.sleep(_SECONDS_BETWEEN_ATTEMPTS)
-    except OSError as error:
-        # Some network file systems have no locks, and a run there is better than none.
-        if error.errno not in _NO_LOCKS_HERE:
-            file.close()
-            raise RunFolderInUse(
-                f"Run folder {folder} is in use by another process; wait for it to end or choose another folder"
-            ) from error
-    return file
-
-
-def _take_lock(file: IO[bytes]) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _unlock(file: IO[bytes]) -> None:
-    # Closing alone would leave the lock with worker processes that were forked meanwhile.
-    if sys.platform != "win32":
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_UN)

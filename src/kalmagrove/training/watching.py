@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.locks import LOCK_NAME
 from kalmagrove.training.checkpoint import checkpoint_path, named_steps
-from kalmagrove.training.run_folder import LOCK_NAME, RunFolder
+from kalmagrove.training.run_folder import RunFolder
 
 Status = Literal["running", "stopped", "finished", "diverged"]
 SWEEP_FACTS = "sweep.json"
