@@ -1,5 +1,6 @@
 """Known laws are found again, with intervals that hold them as often as they say; and the published fit is met."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise, product
@@ -12,6 +13,7 @@ from kalmagrove.errors import KalmaGroveError
 from kalmagrove.scaling.fit import bootstrap, fit_law, held_out_error, interval, search, warnings_of
 from kalmagrove.scaling.laws import effective_tokens, make_design
 from kalmagrove.scaling.points import Point, read_points
+from kalmagrove.scaling.summary import describe_fit
 
 CHINCHILLA = Path(__file__).parents[3] / "shared" / "data" / "scaling" / "chinchilla_points.csv"
 HOFFMANN = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.37}
@@ -155,3 +157,12 @@ def test_a_search_only_goes_down() -> None:
         steps.append(search(design, steps[-1])[0])
     objectives = [np.abs(design.predict(step) - design.target).sum() for step in steps]
     assert all(after <= before + 1e-3 for before, after in pairwise(objectives))
+
+
+def test_a_resample_that_no_number_holds_is_not_kept_for_predictions() -> None:
+    points = points_of(hoffmann)
+    fit = fit_law("hoffmann", points)
+    sound = dict(fit.constants)
+    described = describe_fit(fit, points, [sound, sound | {"A": math.inf}, sound])
+    assert described["draws"] == [sound, sound]
+    assert described["intervals"]["alpha"] == pytest.approx((sound["alpha"], sound["alpha"]))

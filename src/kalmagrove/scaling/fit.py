@@ -15,6 +15,7 @@ from kalmagrove.errors import KalmaGroveError
 from kalmagrove.scaling.laws import Array, Design, LawName, make_design
 from kalmagrove.scaling.points import Point
 
+LARGEST = 1e300
 HUBER_DELTA = 1e-3
 """Residuals beyond it count by their size, not their square; of log loss, as in arXiv:2203.15556."""
 
@@ -201,7 +202,9 @@ def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """The middle part of bootstrapped values."""
-    low, high = np.quantile(np.asarray(values), [(1 - level) / 2, (1 + level) / 2])
+    # Between two infinities there is nothing to interpolate.
+    finite = np.clip(np.asarray(values), -LARGEST, LARGEST)
+    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -122,7 +123,8 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
         "agreeing_starts": fit.agreeing,
         "residuals": [float(point.loss - loss) for point, loss in zip(points, predicted, strict=True)],
         "held_out": held_out_error(fit.law, points),
-        "draws": list(drawn[:KEPT_DRAWS]),
+        # A resample without some sizes may fit a cliff whose constants no number holds; it predicts nothing.
+        "draws": [dict(draw) for draw in drawn if all(map(math.isfinite, draw.values()))][:KEPT_DRAWS],
         "warnings": warnings_of(fit, points),
         "range": {
             name: [min(values), max(values)]
