@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.commands.parsing import open_data
-from kalmagrove.comparison.config import BASELINE_FAMILIES
 from kalmagrove.data.packing import open_packed
 from kalmagrove.data.synthetic.options import parse_synthetic
 from kalmagrove.evaluation.synthetic import entropy_rate
@@ -35,7 +34,15 @@ from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.models.accounting import count_parameters
 from kalmagrove.models.presets import FAMILIES, SIZES
 from kalmagrove.report.statistics import Interval, mean_interval
-from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig, parse_count
+from kalmagrove.training.config import (
+    BASELINE_FAMILIES,
+    DataConfig,
+    LoopConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    parse_count,
+)
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.trainer import score_split

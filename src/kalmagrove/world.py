@@ -154,5 +154,8 @@ def _meeting_place() -> distributed.Store:
     torchrun keeps the store over a restart, and with it the addresses of processes that are gone: each start has names
     of its own.
     """
-    store, _, _ = next(distributed.rendezvous("env://"))
+    try:
+        store, _, _ = next(distributed.rendezvous("env://"))
+    except ValueError as error:
+        raise UsageError(f"{error}; start several processes with torchrun or --nproc") from error
     return distributed.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -198,7 +198,7 @@ USAGE = {
         "optim names 2 optimisers for 3 models",
     ),
     "seeds": (["compare", "--out", "r", "--seeds", "1,1"], "seeds must be different whole numbers"),
-    "size": (["compare", "--out", "r", "--size", "huge"], "unknown size 'huge'; sizes: tiny, mini"),
+    "size": (["compare", "--out", "r", "--size", "huge"], "unknown size 'huge'; sizes: nano, tiny, mini"),
     "budget": (["compare", "--out", "r", "--budget", "soon"], "'soon' is not a duration"),
     "seed": (["train", "--out", "r", "--seed", "-1"], "loop.seed must not be negative, got -1"),
     "momentum": (["train", "--out", "r", "--optim.momentum", "2"], "optim.momentum must be at least 0.0 and below 1.0"),
@@ -310,13 +310,14 @@ def test_a_signal_leaves_a_checkpoint_and_the_run_goes_on(
     again.communicate()
 
 
-def test_compare_under_torchrun_is_an_error(
-    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["compare", "train"])
+def test_half_a_launcher_is_an_error(
+    command: str, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    code, _, error = answer(capsys, "compare", "--data", str(text_file), "--out", str(tmp_path / "run"))
-    assert code == 2 and "compare takes its models in turns in one process" in error
+    code, _, error = answer(capsys, command, "--data", str(text_file), "--out", str(tmp_path / "run"))
+    assert code == 2 and "MASTER_ADDR expected, but not set; start several processes with torchrun or --nproc" in error
     assert not (tmp_path / "run").exists()
 
 
