@@ -34,10 +34,10 @@ from kalmagrove.report.statistics import mean_interval
 from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split
 from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
-from parallel import stored, workers
+from parallel import diverged_in_training, stored, workers
 
 DESIGNS = Path(__file__).parents[1] / "configs" / "search"
 REFERENCE = "llama"
@@ -94,16 +94,15 @@ def train(job: Job, data_folder: Path, checkpoints: Path) -> Record:
     checkpoint, _ = latest_checkpoint(checkpoints)
     if checkpoint:
         run.restore(checkpoint)
-    diverged = False
     saved = time.monotonic()
-    while not (run.done or diverged):
-        try:
-            run.train_step()
-        except TrainingDiverged:
-            diverged = True
+
+    def save_in_time() -> None:
+        nonlocal saved
         if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
             save_checkpoint(checkpoints, step=run.step, **run.state(), keep_last=1)
             saved = time.monotonic()
+
+    diverged = diverged_in_training(run, save_in_time)
     record = {
         **asdict(job),
         "parameters": count.total,

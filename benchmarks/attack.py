@@ -38,9 +38,9 @@ from kalmagrove.training.config import (
     further_trial,
 )
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split
-from parallel import stored, workers
+from parallel import diverged_in_training, stored, workers
 
 Record = dict[str, Any]
 MODELS = {"llama": "adamw", "slim": "kalma", "kalmagrove": "kalma"}
@@ -142,14 +142,12 @@ def train(job: Job) -> Record:
     first = round(run.total_steps * (1 - TAIL_PART))
     every = max(1, (run.total_steps - first) // TAIL_SAMPLES)
     tail: list[dict[str, torch.Tensor]] = []
-    diverged = False
-    while not (run.done or diverged):
-        try:
-            run.train_step()
-        except TrainingDiverged:
-            diverged = True
+
+    def keep_weights() -> None:
         if averages and run.step > first and (run.step - first) % every == 0:
             tail.append(copy.deepcopy(run.model.state_dict()))
+
+    diverged = diverged_in_training(run, keep_weights)
     if tail:
         run.model.load_state_dict({name: torch.stack([w[name] for w in tail]).mean(0) for name in tail[0]})
     return {

@@ -14,6 +14,7 @@ import torch
 
 from kalmagrove.files import write_json_atomic
 from kalmagrove.training.environment import keep_freed_memory
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
 
 Job = TypeVar("Job")
 Record = TypeVar("Record")
@@ -45,3 +46,15 @@ def stored(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         write_json_atomic(path, make())
     record: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return record
+
+
+def diverged_in_training(run: TrainingRun, after_step: Callable[[], None] = lambda: None) -> bool:
+    """Trains a run to its end, or until it diverges, and says which."""
+    while not run.done:
+        try:
+            run.train_step()
+        except TrainingDiverged:
+            after_step()
+            return True
+        after_step()
+    return False

@@ -44,9 +44,9 @@ from kalmagrove.training.config import (
     parse_count,
 )
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split
-from parallel import stored, workers
+from parallel import diverged_in_training, stored, workers
 
 Record = dict[str, Any]
 
@@ -126,12 +126,7 @@ def train(job: Job, data_folder: Path) -> Record:
     )
     run = TrainingRun(config, open_packed(data_folder, verify=False))
     started = time.monotonic()
-    diverged = False
-    while not (run.done or diverged):
-        try:
-            run.train_step()
-        except TrainingDiverged:
-            diverged = True
+    diverged = diverged_in_training(run)
     seconds = time.monotonic() - started
     return {
         **asdict(job),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kalmagrove.commands.parsers import PARSERS, parser_of
+from kalmagrove.commands.parsers import PARSERS, parser_of, short_names
 from kalmagrove.commands.parsing import parse
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +39,6 @@ def test_a_documented_command_is_accepted(line: str, tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     words = shlex.split(line.partition(" > ")[0])[1:]
     command = command_of(words)
-    module = importlib.import_module(f"kalmagrove.commands.{PARSERS[command][0]}")
     arguments = words[len(command.split()) :]
     if "--config" in arguments:
         place = arguments.index("--config") + 1
@@ -47,7 +46,7 @@ def test_a_documented_command_is_accepted(line: str, tmp_path: Path, monkeypatch
         config = tmp_path / "config.yaml"
         config.write_text(written.read_text() if written.exists() else "loop:\n  batch_size: 8\n")
         arguments[place] = str(config)
-    parse(parser_of(command), arguments, getattr(module, "SHORT", None))
+    parse(parser_of(command), arguments, short_names(command))
 
 
 def test_the_flags_are_a_contract() -> None:

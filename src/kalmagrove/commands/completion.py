@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> None:
 def whole_parser() -> argparse.ArgumentParser:
     """All commands as one parser of the standard library's."""
     from kalmagrove.cli import COMMANDS
-    from kalmagrove.commands.parsers import PARSERS, parser_of
+    from kalmagrove.commands.parsers import PARSERS, parser_of, short_names
 
     root = argparse.ArgumentParser("kalmagrove")
     root.add_argument("--version", action="store_true", help="print the version")
@@ -57,22 +57,20 @@ def whole_parser() -> argparse.ArgumentParser:
         if any(command.startswith(f"{name} ") for command in PARSERS):
             second_words[name] = below.add_subparsers()
         if name in PARSERS:
-            _copy(name, below)
+            _copy(parser_of(name), short_names(name), below)
     for command in PARSERS:
         first, _, second = command.partition(" ")
         if second:
             # Without a help text it would be hidden.
-            text = _first_sentence(parser_of(command).description)
-            _copy(command, second_words[first].add_parser(second, help=text, add_help=False))
+            parser = parser_of(command)
+            below = second_words[first].add_parser(second, help=_first_sentence(parser.description), add_help=False)
+            _copy(parser, short_names(command), below)
     return root
 
 
-def _copy(command: str, below: argparse.ArgumentParser) -> None:
+def _copy(parser: ArgumentParser, short: Mapping[str, str], below: argparse.ArgumentParser) -> None:
     """The flags and places of a command, with what a shell needs to know of them."""
-    from kalmagrove.commands.parsers import parser_of, short_names
-
-    parser = parser_of(command)
-    groups, long_to_short = parser.groups or {}, {long: short for short, long in short_names(command).items()}
+    groups, long_to_short = parser.groups or {}, {long: name for name, long in short.items()}
     for action in parser._actions:
         # A group of options may be given as one value, which nobody types; the word scaling chooses another parser.
         if action.dest in groups or action.dest == "scaling" or action.help == argparse.SUPPRESS:

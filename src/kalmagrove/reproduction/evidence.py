@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.presets import split_parts, split_preset
 from kalmagrove.report.results import FILE_NAME, Model, Results, load_results
 from kalmagrove.reproduction.plan import LADDER, STUDIES
-from kalmagrove.scaling.pages import LAW_FOLDER
+from kalmagrove.scaling.pages import FIT, LAW_FOLDER
+from kalmagrove.scaling.plan import read_fit
 from kalmagrove.training.run_folder import RunFolder
 
 OTHER_TEXT = "other_text.json"
@@ -52,9 +54,9 @@ class Study:
         found = {}
         for run in model.runs:
             result = RunFolder(self.folder / run.folder).read_result() or {}
-            optimum = (result.get("test") or {}).get("optimum")
-            if run.test is not None and isinstance(optimum, int | float):
-                found[run.seed] = run.test.loss - optimum
+            excess = (result.get("test") or {}).get("excess")
+            if run.test is not None and isinstance(excess, int | float):
+                found[run.seed] = float(excess)
         return found
 
     def spikes(self, model: Model) -> float | None:
@@ -85,13 +87,28 @@ def load_evidence(folder: Path) -> Evidence:
     for name in STUDIES:
         if (folder / name / FILE_NAME).is_file():
             studies[name] = Study(name, folder / name, load_results(folder / name), _other_text(folder / name))
-    law = folder / LADDER / LAW_FOLDER / "fit.json"
-    return Evidence(studies, json.loads(law.read_text("utf-8")) if law.is_file() else None)
+    law = folder / LADDER / LAW_FOLDER / FIT
+    return Evidence(studies, read_fit(law) if law.is_file() else None)
+
+
+def read_other_text(folder: Path) -> dict[str, Any]:
+    """What ``other_text.json`` of a comparison holds: its source and the scores by model and seed; nothing without one.
+
+    Raises:
+        KalmaGroveError: The file is damaged.
+    """
+    path = folder / OTHER_TEXT
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise KalmaGroveError(f"{path} is damaged; remove it to score that text again") from error
+    return found
 
 
 def _other_text(folder: Path) -> dict[str, dict[int, float]]:
-    path = folder / OTHER_TEXT
-    scores = json.loads(path.read_text("utf-8"))["scores"] if path.is_file() else {}
+    scores = read_other_text(folder).get("scores", {})
     return {
         model: {int(seed): s["word_perplexity"] for seed, s in seeds.items() if s["word_perplexity"] is not None}
         for model, seeds in scores.items()

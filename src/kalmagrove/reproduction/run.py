@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from kalmagrove.files import write_json_atomic
 from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer
 from kalmagrove.reproduction.claims import PAPER, answer_claims
-from kalmagrove.reproduction.evidence import OTHER_TEXT, load_evidence
+from kalmagrove.reproduction.evidence import OTHER_TEXT, load_evidence, read_other_text
 from kalmagrove.reproduction.page import write_page
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.ladder import SweepConfig
@@ -88,13 +87,12 @@ def _scale(config: SweepConfig, folder: Path, *, open_data: OpenData, command: s
 
 def _score_other_text(source: str, folder: Path, results: Results, say: Say) -> None:
     """Word perplexity of every finished model of a comparison on a second text, which nothing was tuned on."""
-    path = folder / OTHER_TEXT
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    known = read_other_text(folder)
     scores: dict[str, dict[str, Any]] = known.get("scores", {}) if known.get("source") == source else {}
     for model in results.models:
         of_model = scores.setdefault(model.name, {})
         for run in model.runs:
             if run.finished and str(run.seed) not in of_model:
                 of_model[str(run.seed)] = score_text(str(folder / run.folder), source).to_dict()
-                write_json_atomic(path, {"source": source, "scores": scores})
+                write_json_atomic(folder / OTHER_TEXT, {"source": source, "scores": scores})
                 say(f"{model.name}, seed {run.seed}: scored on {source}")
