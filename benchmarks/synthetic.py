@@ -7,21 +7,23 @@
 
 Every run has the same tokens and the same tokens a step, whatever its context. The markov source is the same at every
 context; a document of recall is half a context long on average, and its pairs and questions grow with it, so that
-answers are as frequent at every context. Each text is twice as long as what is read of it. A run leaves one JSON file
-under --out and is not repeated; tables come at the end, from the files. With --page nothing is trained: the records are
-added to the .json file beside the page, and its tables, between ``<!-- table KIND:TASK:GROUP -->`` and
-``<!-- end -->``, are written again; a page that does not exist yet is begun. GROUP is size, tokens and tokens a step,
-e.g. tiny-1m-2048.
+answers are as frequent at every context. Each text is twice as long as what is read of it. All models are tuned alike:
+on each task each tries all learning rates of --lr_scales with the first seed at the shortest context, and trains
+everything else at the one with the least validation loss. A run leaves one JSON file under --out and is not repeated;
+tables come at the end, from the files. With --page nothing is trained: the records are added to the .json file beside
+the page, and its tables, between ``<!-- table KIND:TASK:GROUP -->`` and ``<!-- end -->``, are written again; a page
+that does not exist yet is begun. GROUP is size, tokens and tokens a step, e.g. tiny-1m-2048.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,7 @@ class Job:
         family: Of the model.
         size: Of the model.
         optimizer: Name of the optimiser.
+        lr_scale: Multiplies the optimiser's usual learning rates.
         context: Tokens of a window.
         seed: Of the start and the order of the data.
         tokens: Training tokens, as on the command line.
@@ -88,6 +91,7 @@ class Job:
     family: str
     size: str
     optimizer: str
+    lr_scale: float
     context: int
     seed: int
     tokens: str
@@ -101,7 +105,8 @@ class Job:
     @property
     def name(self) -> str:
         """Of its file."""
-        return f"{self.group}/{self.task}-{self.context}/{self.family}-{self.optimizer}-seed{self.seed}"
+        model = f"{self.family}-{self.optimizer}-x{self.lr_scale:g}"
+        return f"{self.group}/{self.task}-{self.context}/{model}-seed{self.seed}"
 
 
 def run_job(job: Job, *, folders: dict[str, Path], out: Path) -> Record:
@@ -116,7 +121,7 @@ def train(job: Job, data_folder: Path) -> Record:
     """Trains one model and scores it on the validation and test split."""
     config = TrainConfig(
         model=ModelConfig(preset=f"{job.family}-{job.size}"),
-        optim=OptimConfig(name=job.optimizer),  # type: ignore[arg-type]
+        optim=OptimConfig(name=job.optimizer, lr_scale=job.lr_scale),  # type: ignore[arg-type]
         loop=LoopConfig(
             tokens=job.tokens,
             batch_size=job.tokens_per_step // job.context,
@@ -157,8 +162,9 @@ def source_of(task: str, context: int, extra: str, tokens: str) -> str:
     return source
 
 
-def plan(options: argparse.Namespace) -> list[Job]:
-    """All runs, the first seed of everything first."""
+def trials_of(options: argparse.Namespace) -> list[Job]:
+    """Every learning rate of every model, with the first seed at the shortest context."""
+    context, seed = min(options.contexts), min(options.seeds)
     return [
         Job(
             task=task,
@@ -166,23 +172,59 @@ def plan(options: argparse.Namespace) -> list[Job]:
             family=family,
             size=options.size,
             optimizer=options.optim or ("adamw" if family in BASELINE_FAMILIES else "kalma"),
+            lr_scale=scale,
             context=context,
             seed=seed,
             tokens=options.tokens,
             tokens_per_step=options.tokens_per_step,
         )
-        for seed in options.seeds
         for task in options.tasks
-        for context in options.contexts
         for family in options.families
+        for scale in options.lr_scales
     ]
+
+
+def plan(options: argparse.Namespace, tuned: Sequence[Job]) -> list[Job]:
+    """All runs at the chosen learning rates, the first seed of everything first."""
+    return [
+        replace(
+            job,
+            source=source_of(job.task, context, getattr(options, job.task), options.tokens),
+            context=context,
+            seed=seed,
+        )
+        for seed in options.seeds
+        for job in tuned
+        for context in options.contexts
+    ]
+
+
+def at_best_rate(records: Sequence[Record]) -> list[Record]:
+    """Without the runs at other learning rates than a model's best on the task."""
+    runs = [record for record in records if "family" in record]
+    models = {_model(record) for record in runs}
+    best = {model: _best_trial([record for record in runs if _model(record) == model]) for model in models}
+    return [r for r in records if "family" not in r or r["lr_scale"] == best[_model(r)]["lr_scale"]]
+
+
+def _model(record: Record) -> tuple[str, ...]:
+    return tuple(record[name] for name in ("group", "task", "family", "optimizer"))
+
+
+def _best_trial(runs: Sequence[Record]) -> Record:
+    """The least validation loss of the first seed at the shortest context; any run where all diverged."""
+    first = min((record["context"], record["seed"]) for record in runs)
+    trials = [record for record in runs if (record["context"], record["seed"]) == first]
+    return min(trials, key=lambda trial: math.inf if trial["diverged"] else trial["valid"]["loss"])
 
 
 def describe(record: Record) -> str:
     """One line of progress."""
     if "entropy_rate" in record:
         return f"{record['source']}: entropy rate {record['entropy_rate']['upper']:.4f} nats a token"
-    start = f"{record['task']:<7}{record['context']:>6} {record['family']:<11} seed {record['seed']}"
+    start = (
+        f"{record['task']:<7}{record['context']:>6} {label(record):<21} x{record['lr_scale']:<4g} seed {record['seed']}"
+    )
     if record["diverged"]:
         return f"{start}  diverged at step {record['steps'] + 1}"
     test = record["test"]
@@ -213,15 +255,17 @@ def excess_table(records: Sequence[Record]) -> str:
     runs = [record for record in records if "family" in record]
     rows = rows_of(runs)
     lines = [
-        "| context | model | parameters | seeds | optimum | loss above it (95 %) | minus best llama (95 %) | seconds |",
-        "| --: | :-- | --: | --: | --: | --: | --: | --: |",
+        "| context | model | parameters | rate | seeds | optimum | loss above it (95 %) | minus best llama (95 %) "
+        "| seconds |",
+        "| --: | :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for (context, name), own in rows.items():
         above = {record["seed"]: record["test"]["excess"] for record in own}
         first = own[0]
         lines.append(
-            f"| {context} | {name} | {first['parameters'] / 1e6:.3f} M | {len(own)} | {first['test']['optimum']:.4f} | "
-            f"{_shown(mean_interval(list(above.values())))} | {_against_llama(context, above, rows, name)} | "
+            f"| {context} | {name} | {first['parameters'] / 1e6:.3f} M | x{first['lr_scale']:g} | {len(own)} | "
+            f"{first['test']['optimum']:.4f} | {_shown(mean_interval(list(above.values())))} | "
+            f"{_against_llama(context, above, rows, name)} | "
             f"{mean_interval([record['seconds'] for record in own]).mean:.0f} |"
         )
     lost = [record for record in runs if record["diverged"]]
@@ -304,7 +348,7 @@ def fill_page(page: Path, runs: Path) -> None:
     text = page.read_text("utf-8") if page.exists() else _new_page(chosen)
 
     def fill(match: re.Match[str]) -> str:
-        own = [r for r in chosen if r["task"] == match["task"] and r["group"] == match["group"]]
+        own = at_best_rate([r for r in chosen if r["task"] == match["task"] and r["group"] == match["group"]])
         if not own:
             raise SystemExit(f"{page} has a table {match['task']}:{match['group']}, but there are no such runs")
         return match[1] + TABLES[match["kind"]](own) + "\n" + match[5]
@@ -323,7 +367,7 @@ def _new_page(records: Sequence[Record]) -> str:
 
 def _identity(record: Record) -> tuple[str, ...]:
     names = ("group", "task", "source", "family", "optimizer")
-    numbers = (f"{record.get(name, -1):012d}" for name in ("context", "seed"))
+    numbers = (f"{record.get(name, -1):014.1f}" for name in ("context", "seed", "lr_scale"))
     return (*(str(record.get(name, "")) for name in names), *numbers)
 
 
@@ -339,8 +383,8 @@ def _shown(interval: Interval, digits: int = 4) -> str:
 
 def run_all(options: argparse.Namespace) -> None:
     """Runs what is missing and prints the tables."""
-    jobs = plan(options)
-    sources = {job.source: job for job in jobs}
+    trials = trials_of(options)
+    sources = {job.source: job for job in plan(options, trials)}
     folders = {source: open_data(DataConfig(source=source)).folder for source in sources}
     records: list[Record] = []
     for number, (source, job) in enumerate(sources.items()):
@@ -348,10 +392,16 @@ def run_all(options: argparse.Namespace) -> None:
         records.append(stored(path, partial(rate_of, job.task, source, job.group)))
         print(f"source {number + 1} of {len(sources)}: {describe(records[-1])}", flush=True)
     with workers(partial(run_job, folders=folders, out=options.out), describe, options.workers) as run_jobs:
-        records += run_jobs(jobs)
+        best = at_best_rate(run_jobs(trials))
+        tuned = [job for job in trials if any(_of_job(record, job) for record in best)]
+        records += run_jobs(plan(options, tuned))
     for task in options.tasks:
         for kind in TABLES if task == "recall" else ("rate", "excess"):
             print(f"\n{task}: {TITLES[kind]}\n\n{TABLES[kind]([r for r in records if r['task'] == task])}", flush=True)
+
+
+def _of_job(record: Record, job: Job) -> bool:
+    return all(record[name] == value for name, value in asdict(job).items())
 
 
 def main() -> None:
@@ -360,6 +410,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["llama", "kalmagrove"])
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1, 2, 4, 8])
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 256, 512])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", default="1m", help="training tokens of a run")

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kalmagrove.optim.build import build_optimizers, plain_groups, remember_peak_rates
-from kalmagrove.optim.groups import kalma_groups
+from kalmagrove.optim.build import build_optimizers
 
 Optimizers = list[torch.optim.Optimizer]
 
@@ -55,20 +54,9 @@ def soap(model: nn.Module, lr: float, precondition_frequency: int = 3) -> Optimi
     Raises:
         ModuleNotFoundError: The benchmark extra is not installed.
     """
-    from pytorch_optimizer import SOAP
-
-    groups = kalma_groups(model, lr=lr, auxiliary_lr=AUXILIARY_LR)
-    matrices = SOAP(
-        [p for group in groups if group["method"] == "kalma" for p in group["params"]],
-        lr=lr,
-        betas=(0.9, 0.99),
-        weight_decay=0.1,
-        precondition_frequency=precondition_frequency,
+    return build_optimizers(
+        "soap", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS, refresh_every=precondition_frequency
     )
-    rest = torch.optim.AdamW(plain_groups(group for group in groups if group["method"] != "kalma"), betas=BETAS)
-    optimizers = [matrices, rest]
-    remember_peak_rates(optimizers)
-    return optimizers
 
 
 METHODS = {

@@ -213,7 +213,7 @@ USAGE = {
     "superscript seed": (["compare", "--out", "r", "--seeds", "\u00b2"], "seeds must be different whole numbers"),
     "equal seeds": (["compare", "--out", "r", "--seeds", "0,00"], "seeds must be different whole numbers"),
     "generation seed": (["generate", "RUN", "x", "--seed", "-1"], "--seed must be between 0 and 2**63"),
-    "info optimiser": (["info", "--optim", "sgd"], "--optim must be kalma, muon or adamw, got 'sgd'"),
+    "info optimiser": (["info", "--optim", "sgd"], "--optim must be kalma, muon, soap or adamw, got 'sgd'"),
     "data word": (["data", "prepaer"], "needs the word prepare, got 'prepaer'"),
     "sampling": (["generate", "RUN", "x", "--top_p", "1.5"], "0 < --top_p <= 1"),
 }

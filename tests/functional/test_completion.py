@@ -42,7 +42,7 @@ def completed(script: Path, *words: str) -> list[str]:
         (["scale", "s"], {"sweep"}),
         (["scale", "sweep", "--work"], {"--workers"}),
         (["train", "--tok"], {"--tokens"}),
-        (["train", "--optim.name", ""], {"kalma", "adamw", "muon"}),
+        (["train", "--optim.name", ""], {"kalma", "adamw", "muon", "soap"}),
         (["report", "scaling", "--o"], {"--out"}),
     ],
 )

@@ -16,7 +16,7 @@ from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, Tra
 from kalmagrove.training.run import TrainingRun
 
 STORED = Path(__file__).parent / "stored_losses.json"
-OPTIMIZERS = ("adamw", "muon", "kalma")
+OPTIMIZERS = ("adamw", "muon", "soap", "kalma")
 
 
 def fixed_text(folder: Path) -> PackedText:
@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PackedText:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_losses_are_the_stored_ones(family: str, optimizer: str, data: PackedText) -> None:
     stored = json.loads(STORED.read_text())[f"{family} {optimizer}"]
-    # Machines differ in the last digits; bfloat16 products inside Kalma and Muon differ a little more.
+    # Machines differ in the last digits; bfloat16 products in Kalma and Muon, and bases by QR, differ a little more.
     assert first_losses(data, family, optimizer) == pytest.approx(stored, rel=1e-4 if optimizer == "adamw" else 1e-2)
 
 

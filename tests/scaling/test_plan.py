@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kalmagrove.cli import main
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.scaling.advice import advice, markdown_of_advice
 from kalmagrove.scaling.claims import scaling_claims
 from kalmagrove.scaling.costs import model_cost
@@ -134,9 +134,17 @@ def test_the_claims_follow_the_intervals(summary: dict[str, Any]) -> None:
     assert (steeper.name, steeper.verdict) == ("C10", "supported")
     assert same.verdict != "not supported"
     swapped = summarise(
-        PointTable((*points("kalmagrove", OURS), *points("llama", LLAMA)), ()), resamples=40, baseline="kalmagrove"
+        PointTable((*points("kalmagrove", OURS), *points("llama", LLAMA)), ()), resamples=40, baselines=["kalmagrove"]
     )
     assert scaling_claims(swapped)["llama - kalmagrove"][0].verdict == "not supported"
+    both = summarise(
+        PointTable((*points("llama", LLAMA), *points("slim", LLAMA), *points("kalmagrove", OURS)), ()),
+        resamples=10,
+        baselines=["llama", "slim"],
+    )
+    assert list(both["differences"]) == ["slim - llama", "kalmagrove - llama", "kalmagrove - slim"]
+    with pytest.raises(UsageError, match="there is no family 'gpt2'"):
+        summarise(PointTable(tuple(points("llama", LLAMA)), ()), resamples=10, baselines=["llama", "gpt2"])
     of_ranks = points("kalmagrove", OURS | {"gamma": 0.3}, (1.0, 0.5, 0.25))
     ranked = summarise(PointTable(tuple(of_ranks), ()), resamples=20)
     (rank,) = scaling_claims(ranked)["kalmagrove"]

@@ -57,7 +57,7 @@ def run_to_the_end(folder: Path, data: PackedText, conf: TrainConfig) -> tuple[l
     return losses, session.run.model.state_dict()
 
 
-@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon"])
+@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon", "soap"])
 @pytest.mark.parametrize("stop", [1, 4, 5])
 def test_a_resumed_run_is_bit_for_bit_the_unbroken_one(
     optim: str, stop: int, packed: PackedText, tmp_path: Path
@@ -391,7 +391,7 @@ def growing(optim: str) -> TrainConfig:
     return replace(conf, model=replace(conf.model, **options))
 
 
-@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon"])
+@pytest.mark.parametrize("optim", ["kalma", "adamw", "muon", "soap"])
 def test_a_rank_grows_in_training_and_a_resumed_run_is_still_the_unbroken_one(
     optim: str, packed: PackedText, tmp_path: Path
 ) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, parse
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import ModelConfig
+from kalmagrove.training.config import ModelConfig, OptimizerName
 
 SHORT = {"--preset": "--model.preset"}
 EXAMPLES = """\
@@ -30,7 +30,7 @@ def make_info_parser() -> ArgumentParser:
     parser.add_argument("--vocab_size", type=int, default=None, help="left out: the preset's")
     parser.add_argument("--context_length", type=int, default=None, help="tokens; left out: the preset's")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences of a training step")
-    parser.add_argument("--optim", type=str, default="kalma", help="kalma, muon or adamw: for the training memory")
+    parser.add_argument("--optim", type=str, default="kalma", help="kalma, muon, soap or adamw, for the memory")
     parser.add_argument("--precision", type=str, default="bf16", help="bf16 or fp32: for the training memory")
     parser.add_argument("--world_size", type=int, default=1, help="devices that share a step: memory is of each")
     parser.add_argument("--parallel", type=str, default="ddp", help="ddp or fsdp, with more than one device")
@@ -55,8 +55,8 @@ def run(words: Sequence[str]) -> None:
 
 
 def _check(options: Any) -> None:
-    if options.optim not in ("kalma", "muon", "adamw"):
-        raise UsageError(f"--optim must be kalma, muon or adamw, got {options.optim!r}")
+    if options.optim not in get_args(OptimizerName):
+        raise UsageError(f"--optim must be kalma, muon, soap or adamw, got {options.optim!r}")
     if options.parallel not in ("ddp", "fsdp"):
         raise UsageError(f"--parallel must be ddp or fsdp, got {options.parallel!r}")
     for name in ("batch_size", "vocab_size", "context_length", "world_size"):

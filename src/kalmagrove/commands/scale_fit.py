@@ -33,7 +33,9 @@ def make_scale_fit_parser() -> ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=None, help="a folder for fit.json, fit.md and fit.svg; of a sweep: its law/"
     )
-    parser.add_argument("--baseline", type=str, default=None, help="the family that the others are compared with")
+    parser.add_argument(
+        "--baseline", type=str, nargs="+", default=[], help="the families that the others are compared with"
+    )
     parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--repeated", action="store_true", help="fit what repeated tokens are worth (unique_tokens)")
@@ -57,7 +59,7 @@ def run(words: Sequence[str]) -> None:
         resamples=options.resamples,
         seed=options.seed,
         repeated=options.repeated,
-        baseline=options.baseline,
+        baselines=options.baseline,
         say=say,
     ) | facts_of_sweep(options.runs)
     out = options.out or (options.runs / LAW_FOLDER if options.runs.is_dir() else None)

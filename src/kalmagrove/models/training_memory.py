@@ -64,7 +64,7 @@ def training_memory(
         config: The model.
         batch_size: Sequences that go through at once, on all devices together.
         context_length: Tokens of a sequence.
-        optimizer: "adamw", "muon" or "kalma".
+        optimizer: "adamw", "muon", "soap" or "kalma".
         precision: "fp32" or "bf16" autocast.
         world_size: Devices that train together.
         sharded: Whether each keeps a part of the model (FSDP2), else the whole (DDP).
@@ -105,7 +105,8 @@ def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str, world_size: i
                 of_owners += parameter.numel() + count_state(outputs, inputs, BLOCK_SIZE, features_only=not is_matrix)
                 of_owners += 2 * math.prod(blocks_shape(parameter.shape[1], BLOCK_SIZE)) if is_matrix else 0
             else:
-                moments += parameter.numel() * (1 if is_matrix else 2)
+                moments += parameter.numel() * (1 if is_matrix and optimizer == "muon" else 2)
+                moments += 2 * sum(size**2 for size in parameter.shape) if is_matrix and optimizer == "soap" else 0
     return FLOAT_BYTES * (moments // parts + of_owners // world_size)
 
 

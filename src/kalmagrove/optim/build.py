@@ -11,9 +11,12 @@ from torch import nn
 from kalmagrove.optim.groups import kalma_groups
 from kalmagrove.optim.kalma import Kalma
 
+SOAP_BETAS = (0.9, 0.99)
+"""The better of those tried in ``benchmarks/optimizers.py``."""
+
 
 def build_optimizers(
-    name: Literal["kalma", "adamw", "muon"],
+    name: Literal["kalma", "adamw", "muon", "soap"],
     model: nn.Module,
     *,
     lr: float,
@@ -26,7 +29,7 @@ def build_optimizers(
     betas: tuple[float, float] = (0.9, 0.95),
     divide_work: bool = False,
 ) -> list[torch.optim.Optimizer]:
-    """The optimisers of a model: Kalma (attached), AdamW, or torch's Muon with AdamW beside it.
+    """The optimisers of a model: Kalma (attached), AdamW, or torch's Muon or SOAP with AdamW beside it.
 
     Args:
         name: Which.
@@ -37,7 +40,7 @@ def build_optimizers(
         weight_decay: Of the hidden matrices.
         momentum: Of Kalma and Muon.
         damping: Of Kalma's P.
-        refresh_every: Steps between refreshes of Kalma's P.
+        refresh_every: Steps between refreshes of Kalma's P, or of SOAP's bases.
         betas: AdamW's.
         divide_work: Whether the ranks of a distributed run divide Kalma's work and statistics.
 
@@ -46,6 +49,7 @@ def build_optimizers(
 
     Raises:
         ValueError: The name is unknown.
+        ModuleNotFoundError: SOAP is asked for without pytorch-optimizer.
     """
     optimizers: list[torch.optim.Optimizer]
     groups = kalma_groups(model, lr=lr, weight_decay=weight_decay, auxiliary_lr=auxiliary_lr, core_lr=core_lr)
@@ -54,8 +58,7 @@ def build_optimizers(
         kalma.attach(model, divide_work=divide_work)
         optimizers = [kalma]
     elif name == "muon":
-        matrices = [g for g in groups if g["method"] == "kalma"]
-        rest = [g for g in groups if g["method"] != "kalma"]
+        matrices, rest = _matrices_and_rest(groups)
         optimizers = [
             torch.optim.Muon(
                 group["params"],
@@ -68,12 +71,24 @@ def build_optimizers(
         ]
         if rest:
             optimizers.append(_adamw(rest, betas))
+    elif name == "soap":
+        from pytorch_optimizer import SOAP
+
+        matrices, rest = _matrices_and_rest(groups)
+        optimizers = [SOAP(plain_groups(matrices), lr=lr, betas=SOAP_BETAS, precondition_frequency=refresh_every)]
+        if rest:
+            optimizers.append(_adamw(rest, betas))
     elif name == "adamw":
         optimizers = [_adamw(groups, betas)]
     else:
-        raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw or muon")
+        raise ValueError(f"unknown optimizer {name!r}; use kalma, adamw, muon or soap")
     remember_peak_rates(optimizers)
     return optimizers
+
+
+def _matrices_and_rest(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """What an optimiser of matrices takes, and what AdamW takes beside it."""
+    return [g for g in groups if g["method"] == "kalma"], [g for g in groups if g["method"] != "kalma"]
 
 
 def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.optim.AdamW:

@@ -20,7 +20,7 @@ STUDIES = {
     "base": "Table 1, the smaller pair, with the controls llama-plus and slim",
     "large": "Table 1, the larger pair, with the controls llama-plus and slim",
     "parts": "the ablation: Grove, Arnold and Kalma, each alone and all together",
-    "optimizers": "AdamW, Muon and Kalma on both architectures, with more learning rates",
+    "optimizers": "AdamW, Muon, SOAP and Kalma on both architectures, with more learning rates",
     "long_context": "Arnold alone at a longer context",
     "hierarchy": "the synthetic language with a hierarchy",
     "recall": "synthetic recall at a distance",

@@ -27,6 +27,7 @@ from kalmagrove.scaling.report import write_scaling_report
 from kalmagrove.scaling.summary import facts_of_sweep, summarise
 from kalmagrove.scaling.sweep import default_workers, sweep
 from kalmagrove.training.config import DataConfig
+from kalmagrove.training.extras import require_extra
 from kalmagrove.world import ALONE, World
 
 Say = Callable[[str], None]
@@ -50,6 +51,8 @@ def reproduce(
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: A folder belongs to another study.
     """
+    if any(contestant.optim == "soap" for config in plan.comparisons.values() for contestant in config.contestants()):
+        require_extra("pytorch_optimizer", "soap", "optim.name soap")
     if plan.other_text is not None:
         # One that cannot be read is found before hours of training.
         next(iter_documents(plan.other_text))
@@ -80,7 +83,10 @@ def _scale(config: SweepConfig, folder: Path, *, open_data: OpenData, command: s
     if not isinstance(data, PackedText):
         raise UsageError(f"the ladder takes text; {config.data.source} is a {data.modality}")
     sweep(config, data, folder, workers=default_workers(), storage=None, command=command, say=say)
-    summary = summarise(read_points(folder), say=say) | facts_of_sweep(folder)
+    points = read_points(folder)
+    fitted = {point.family for point in points.points}
+    baselines = [family.name for family in config.family_list() if family.is_baseline and family.name in fitted]
+    summary = summarise(points, baselines=baselines, say=say) | facts_of_sweep(folder)
     write_pages(summary, folder / LAW_FOLDER)
     write_scaling_report(summary, folder / LAW_FOLDER)
 

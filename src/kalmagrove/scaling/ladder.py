@@ -45,6 +45,11 @@ class Family:
     preset: str
     optim: OptimizerName
 
+    @property
+    def is_baseline(self) -> bool:
+        """Whether this is a plain Transformer, whatever its optimiser."""
+        return self.preset in BASELINE_FAMILIES
+
 
 @dataclass(frozen=True)
 class Rung:

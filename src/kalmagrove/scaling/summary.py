@@ -28,7 +28,7 @@ def summarise(
     resamples: int = 1000,
     seed: int = 0,
     repeated: bool = False,
-    baseline: str | None = None,
+    baselines: Sequence[str] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What ``fit.json`` holds.
@@ -38,7 +38,7 @@ def summarise(
         resamples: Of the bootstrap.
         seed: Of the bootstrap.
         repeated: Whether to fit what repeated tokens are worth.
-        baseline: The family that the others are compared with; None is the first of the table.
+        baselines: The families that the others are compared with; empty is the first of the table.
         say: Told what is being fitted.
 
     Raises:
@@ -47,9 +47,10 @@ def summarise(
     """
     names = dict.fromkeys(point.family for point in table.points)
     families = {name: [point for point in table.points if point.family == name] for name in names}
-    if baseline is not None and baseline not in families:
-        raise UsageError(f"there is no family {baseline!r}; the table has {', '.join(families)}")
-    reference = baseline or next(iter(families))
+    unknown = next((name for name in baselines if name not in families), None)
+    if unknown is not None:
+        raise UsageError(f"there is no family {unknown!r}; the table has {', '.join(families)}")
+    references = list(baselines) or [next(iter(families))]
     summary: dict[str, Any] = {
         "runs": len(table.points),
         "left_out": list(table.left_out),
@@ -72,8 +73,8 @@ def summarise(
                 raise KalmaGroveError(f"family {name}: {error}") from error
             drawn[name, law] = bootstrap(fit, points, resamples=resamples, seed=seed)
             summary["families"][name]["laws"][law] = describe_fit(fit, points, drawn[name, law])
-    for name in families:
-        if name != reference:
+    for place, reference in enumerate(references):
+        for name in (name for name in families if name not in references[: place + 1]):
             summary["differences"][f"{name} - {reference}"] = {
                 law: differences(
                     [summary["families"][one]["laws"][law]["constants"] for one in (name, reference)],

@@ -22,7 +22,7 @@ from kalmagrove.models.choices import (
 )
 from kalmagrove.models.presets import PARTS
 
-OptimizerName = Literal["kalma", "adamw", "muon"]
+OptimizerName = Literal["kalma", "adamw", "muon", "soap"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
@@ -168,7 +168,7 @@ class ModelConfig:
 
 
 # The best of four rates for each at 1.7 million parameters and 2 k tokens a step: docs/results/optimizers.md.
-_DEFAULT_LR: dict[str, float] = {"kalma": 3e-3, "muon": 1e-2, "adamw": 1.5e-3}
+_DEFAULT_LR: dict[str, float] = {"kalma": 3e-3, "muon": 1e-2, "soap": 3e-3, "adamw": 1.5e-3}
 
 _RANGES = (
     ("auxiliary_lr", 0.0, 10.0),
@@ -194,16 +194,17 @@ class OptimConfig:
     """The optimiser and its schedule.
 
     Attributes:
-        name: kalma (matrices by Kalma, the rest by AdamW), muon (matrices by torch's Muon, the rest by AdamW) or
+        name: kalma, muon (torch's) or soap (pytorch-optimizer's, extra "soap") for the matrices and AdamW for the
+            rest; or adamw for all.
+        lr: Peak learning rate of the hidden matrices. Left out: 3e-3 for kalma and soap, 1e-2 for muon, 1.5e-3 for
             adamw.
-        lr: Peak learning rate of the hidden matrices. Left out: 3e-3 for kalma, 1e-2 for muon, 1.5e-3 for adamw.
         lr_scale: Multiplies every learning rate.
         auxiliary_lr: Peak learning rate of embeddings, head and vectors.
         core_lr: Peak learning rate of Grove's diagonal and block-diagonal cores.
         weight_decay: Decoupled decay of the matrices.
         momentum: Of kalma and muon.
         damping: Of Kalma's P, relative to the mean input power.
-        refresh_every: Steps between refreshes of Kalma's P.
+        refresh_every: Steps between refreshes of Kalma's P, or of SOAP's bases.
         beta1: AdamW's.
         beta2: AdamW's.
         schedule: Shape after the warm-up.

@@ -28,6 +28,7 @@ from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_device, choose_precision, synchronize
 from kalmagrove.training.checkpoint import Checkpoint, naming_checkpoint
 from kalmagrove.training.config import TrainConfig
+from kalmagrove.training.extras import require_extra
 from kalmagrove.training.measures import gradient_noise_scale, matrices_of, update_ratio
 from kalmagrove.training.parallel import (
     ParallelLoss,
@@ -125,6 +126,10 @@ class TrainingRun:
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         optim = self.config.optim
+        if optim.name == "soap":
+            require_extra("pytorch_optimizer", "soap", "optim.name soap")
+            if self.loss.sharded:
+                raise UsageError("optim.name soap needs whole matrices; train it with loop.parallel ddp")
         return build_optimizers(
             optim.name,
             self.model,
