@@ -44,7 +44,7 @@ from kalmagrove.compression.sites import Matrix, find_matrices
 from kalmagrove.compression.source import open_source
 from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
-from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.files import remove, write_json_atomic, write_text_atomic
 from kalmagrove.models.merging import dense_weight
 from weight_rounding import round_weights
 
@@ -303,9 +303,10 @@ def score_once(
         teacher = open_source(options.source).model.requires_grad_(False)
         result = refit(
             model, teacher, text.train, text.valid, parse_refit(options.refit),
-            batch_size=options.batch_size, seed=0, precision=options.precision,
+            batch_size=options.batch_size, seed=0, precision=options.precision, folder=refitted.with_suffix(".work"),
         )  # fmt: skip
         write_json_atomic(refitted, scores(model, options, text, tests) | {"refit_tokens": result.tokens})
+        remove(refitted.with_suffix(".work"))
         print(refitted.stem, refitted.read_text().replace("\n", " "), flush=True)
 
 

@@ -127,6 +127,37 @@ def test_a_refit_lowers_the_loss_and_is_never_worse(options: CompressOptions) ->
     assert result.after.parameters == plain.after.parameters
 
 
+def test_a_refit_that_was_cut_off_goes_on_to_the_same_bytes(options: CompressOptions) -> None:
+    options = replace(options, keep=0.5, refit="4000")
+    compress(options)
+    again = replace(options, out=options.out.with_name("again"))
+
+    def cut(now: str, done: float) -> None:
+        if now == "refitting" and done > 0.55:
+            raise Cut
+
+    with pytest.raises(Cut):
+        compress(again, cut)
+    seen: list[float] = []
+    result = compress(again, lambda now, done: seen.append(done) if now == "refitting" else None)
+    assert 0.3 < seen[0] < 0.65 and result.refit is not None and 4000 <= result.refit.tokens < 4200
+    assert digest(again.out) == digest(options.out)
+
+
+def test_a_refit_of_another_length_begins_anew(options: CompressOptions) -> None:
+    options = replace(options, keep=0.5, refit="4000")
+
+    def cut(now: str, done: float) -> None:
+        if now == "refitting" and done > 0.55:
+            raise Cut
+
+    with pytest.raises(Cut):
+        compress(options, cut)
+    seen: list[float] = []
+    compress(replace(options, refit="2000"), lambda now, done: seen.append(done) if now == "refitting" else None)
+    assert seen[0] < 0.2
+
+
 def test_a_refit_that_only_harms_is_not_kept(options: CompressOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kalmagrove.compression.refit.LEARNING_RATE", 0.3)
     compress(options)

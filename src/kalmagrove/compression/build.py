@@ -48,7 +48,7 @@ def compressed_model(
     """
     config = compressed_config(dense, matrices, choices)
     bases = nn.ModuleDict()
-    for number, own in factors.items():
+    for number, own in sorted(factors.items()):
         matrix = matrices[number]
         layer = dense.get_submodule(matrix.name)
         if own.basis is None:

@@ -100,7 +100,7 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
         choices = make_plan(options, dense, store, text, precision, progress)
         factors, followed = _better_fit(dense, matrices, choices, store, text, precision, progress)
         model = compressed_model(dense, matrices, choices, factors)
-        result = None if length is None else _refitted(model, options, length, text, device, precision, progress)
+        result = None if length is None else _refitted(model, options, length, text, precision, work, progress)
         # As they will be read again: rounded to the source's type.
         model = model.to(source.dtype).to(torch.float32)
         after = measure(model, text.valid, dtype=source.dtype, precision=precision)
@@ -123,20 +123,21 @@ def _refitted(
     options: CompressOptions,
     length: RefitLength,
     text: CalibrationText,
-    device: torch.device,
     precision: str,
+    work: WorkFolder,
     progress: Progress,
 ) -> RefitResult:
     """Fits a compressed model to its source's logits and hidden states."""
     return refit(
         model,
-        open_source(options.source).model.to(device),
+        open_source(options.source).model.to(next(model.parameters()).device),
         text.train,
         text.valid,
         length,
         batch_size=options.batch_size,
         seed=options.seed,
         precision=precision,
+        folder=work.path / "refit",
         progress=lambda done: progress("refitting", done),
     )
 

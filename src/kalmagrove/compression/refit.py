@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +17,11 @@ from transformers import PreTrainedModel
 
 from kalmagrove.compression.calibration import loss_of
 from kalmagrove.errors import UsageError
+from kalmagrove.files import remove
 from kalmagrove.optim.build import build_optimizers, scale_learning_rates
+from kalmagrove.optim.kalma import Kalma
 from kalmagrove.precision import autocast
+from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
 from kalmagrove.training.config import parse_count, parse_duration
 
 LEARNING_RATE = 1e-3
@@ -67,6 +73,31 @@ def parse_refit(text: str) -> RefitLength:
     return RefitLength(None, tokens)
 
 
+@dataclass
+class _State:
+    """Where a refit stands.
+
+    Attributes:
+        terms: What it depends on beside the texts: length, batch size and seed.
+        loss_before: Nats a token on the validation windows.
+        best: The weights of the least loss so far.
+        best_loss: Their loss.
+        steps: Done.
+        tokens: Trained on.
+        seconds: Spent.
+        next_evaluation: The part of the whole at which the validation windows are looked at again.
+    """
+
+    terms: dict[str, Any]
+    loss_before: float
+    best: list[Tensor]
+    best_loss: float
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    next_evaluation: float = 1 / EVALUATIONS
+
+
 def refit(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -77,6 +108,7 @@ def refit(
     batch_size: int,
     seed: int,
     precision: str,
+    folder: Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> RefitResult:
     """Trains the layers of ``model`` by Kalma and leaves it with the weights that were best on ``valid``.
@@ -94,43 +126,83 @@ def refit(
         batch_size: Windows of a step.
         seed: Of the order.
         precision: "bf16" or "fp32", of the products.
+        folder: Keeps what is done, at each look at ``valid``; the same call goes on from there, one of another length,
+            batch size or seed begins anew.
         progress: Called after each step with the part that is done.
+
+    Raises:
+        CheckpointError: All that the folder keeps is damaged.
+        OSError: The folder cannot be written.
     """
-    began = time.monotonic()
     trained = _trained_parameters(model)
-    best, best_loss = [parameter.detach().clone() for parameter in trained], loss_of(model, valid, precision)
-    before = best_loss
-    optimizers = build_optimizers("kalma", model, lr=LEARNING_RATE, auxiliary_lr=LEARNING_RATE, weight_decay=0.0)
-    tokens, next_evaluation = 0, 1 / EVALUATIONS
+    (kalma,) = build_optimizers("kalma", model, lr=LEARNING_RATE, auxiliary_lr=LEARNING_RATE, weight_decay=0.0)
+    terms = {"length": asdict(length), "batch_size": batch_size, "seed": seed}
+    state = None if folder is None else _kept_state(folder, terms, trained, kalma)
+    if state is None:
+        loss = loss_of(model, valid, precision)
+        state = _State(terms, loss, [parameter.detach().clone() for parameter in trained], loss)
+    began = time.monotonic() - state.seconds
     model.train()
-    for batch in _batches(train[:, :-1], batch_size, seed):
-        done = _part_done(length, time.monotonic() - began, tokens)
-        scale_learning_rates(optimizers, min(1.0, done / WARMUP + 0.1) * (1 - done))
-        loss = _distance(model, dense, batch.to(next(model.parameters()).device), precision)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        tokens += batch.numel()
-        done = _part_done(length, time.monotonic() - began, tokens)
-        progress(min(1.0, done))
-        if done >= min(1.0, next_evaluation):
-            next_evaluation = done + 1 / EVALUATIONS
-            now = loss_of(model, valid, precision)
-            if math.isfinite(now) and now < best_loss:
-                best, best_loss = [parameter.detach().clone() for parameter in trained], now
+    for batch in itertools.islice(_batches(train[:, :-1], batch_size, seed), state.steps, None):
+        done = _part_done(length, state)
         if done >= 1:
             break
+        scale_learning_rates([kalma], min(1.0, done / WARMUP + 0.1) * (1 - done))
+        _distance(model, dense, batch.to(trained[0].device), precision).backward()
+        nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
+        kalma.step()
+        kalma.zero_grad()
+        state.steps, state.tokens, state.seconds = state.steps + 1, state.tokens + batch.numel(), _since(began)
+        done = _part_done(length, state)
+        progress(min(1.0, done))
+        if done >= min(1.0, state.next_evaluation):
+            state.next_evaluation = done + 1 / EVALUATIONS
+            now = loss_of(model, valid, precision)
+            if math.isfinite(now) and now < state.best_loss:
+                state.best, state.best_loss = [parameter.detach().clone() for parameter in trained], now
+            state.seconds = _since(began)
+            if folder is not None:
+                _keep_state(folder, state, trained, kalma)
     with torch.no_grad():
-        for parameter, kept in zip(trained, best, strict=True):
+        for parameter, kept in zip(trained, state.best, strict=True):
             parameter.copy_(kept)
-    for optimizer in optimizers:
-        if hasattr(optimizer, "detach"):
-            optimizer.detach()
+    if isinstance(kalma, Kalma):
+        kalma.detach()
     model.eval()
     model.requires_grad_(True)
-    return RefitResult(before, best_loss, tokens, time.monotonic() - began)
+    return RefitResult(state.loss_before, state.best_loss, state.tokens, state.seconds)
+
+
+def _since(began: float) -> float:
+    return time.monotonic() - began
+
+
+def _keep_state(folder: Path, state: _State, trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    weights = {"now": [parameter.detach() for parameter in trained], "best": state.best}
+    save_checkpoint(
+        folder,
+        step=state.steps,
+        model={f"{kind}.{number}": own for kind, all_of in weights.items() for number, own in enumerate(all_of)},
+        optimizer=optimizer.state_dict(),
+        progress={field.name: getattr(state, field.name) for field in fields(state) if field.name != "best"},
+        keep_last=1,
+    )
+
+
+def _kept_state(
+    folder: Path, terms: Mapping[str, Any], trained: list[nn.Parameter], optimizer: torch.optim.Optimizer
+) -> _State | None:
+    """Puts a refit's kept weights and what its optimiser remembers in their places; None where there is no such one."""
+    checkpoint, _ = latest_checkpoint(folder) if folder.is_dir() else (None, [])
+    if checkpoint is None or checkpoint.progress["terms"] != terms:
+        remove(folder)
+        return None
+    with torch.no_grad():
+        for number, parameter in enumerate(trained):
+            parameter.copy_(checkpoint.model[f"now.{number}"])
+    optimizer.load_state_dict(checkpoint.optimizer)
+    best = [checkpoint.model[f"best.{number}"].to(parameter.device) for number, parameter in enumerate(trained)]
+    return _State(best=best, **checkpoint.progress)
 
 
 def _trained_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
@@ -162,7 +234,7 @@ def _batches(windows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
             yield windows[rows]
 
 
-def _part_done(length: RefitLength, seconds: float, tokens: int) -> float:
+def _part_done(length: RefitLength, state: _State) -> float:
     if length.seconds is not None:
-        return seconds / length.seconds
-    return tokens / (length.tokens or 1)
+        return state.seconds / length.seconds
+    return state.tokens / (length.tokens or 1)
