@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,16 +34,16 @@ from kalmagrove.training.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    further_trial,
 )
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split
 from parallel import diverged_in_training, stored, workers
+from tuning import tune
 
 Record = dict[str, Any]
 MODELS = {"llama": "adamw", "slim": "kalma", "kalmagrove": "kalma"}
-FIRST_RATES, MOST_FURTHER = (1.0, 2.0, 4.0), 3
+FIRST_RATES = (1.0, 2.0, 4.0)
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
 """The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
 
@@ -173,22 +172,14 @@ def describe(record: Record) -> str:
     return f"{record['setting']}: {record['model']} x{record['lr_scale']:g} seed {record['seed']}: {loss}"
 
 
-def tuned(run_all: Callable[[list[Job]], list[Record]], base: Job, models: Sequence[str]) -> dict[str, float]:
-    """The best factor of each model on the first seed."""
-    losses: dict[str, dict[float, float]] = {model: {} for model in models}
+def trial(base: Job, model: str, lr_scale: float) -> Job:
+    """A run of a model at a learning rate."""
+    return replace(base, model=model, lr_scale=lr_scale)
 
-    def attempt(jobs: list[Job]) -> None:
-        for job, record in zip(jobs, run_all(jobs), strict=True):
-            losses[job.model][job.lr_scale] = math.inf if record["valid"] is None else record["valid"]["loss"]
 
-    attempt([replace(base, model=model, lr_scale=scale) for model in models for scale in FIRST_RATES])
-    for _ in range(MOST_FURTHER):
-        further = {model: further_trial(tried) for model, tried in losses.items()}
-        jobs = [replace(base, model=model, lr_scale=scale) for model, scale in further.items() if scale is not None]
-        if not jobs:
-            break
-        attempt(jobs)
-    return {model: min(tried, key=lambda scale: tried[scale]) for model, tried in losses.items()}
+def valid_loss(record: Record) -> float:
+    """What the learning rate is chosen by."""
+    return math.inf if record["valid"] is None else float(record["valid"]["loss"])
 
 
 def row(setting: Setting, rates: dict[str, float], records: list[Record]) -> str:
@@ -256,7 +247,7 @@ def main() -> None:
             if data is None:
                 continue
             base = Job(setting, "llama", 1.0, options.seeds[0], options.size, data.folder, options.out)
-            rates = tuned(run_all, base, list(MODELS))
+            rates = tune(run_all, {model: partial(trial, base, model) for model in MODELS}, valid_loss, FIRST_RATES)
             jobs = [replace(base, model=m, lr_scale=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
             rows.append(row(setting, rates, run_all(jobs)))
             print(rows[-1], flush=True)

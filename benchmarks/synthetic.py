@@ -8,11 +8,11 @@
 Every run has the same tokens and the same tokens a step, whatever its context. The markov source is the same at every
 context; a document of recall is half a context long on average, and its pairs and questions grow with it, so that
 answers are as frequent at every context. Each text is twice as long as what is read of it. All models are tuned alike:
-on each task each tries all learning rates of --lr_scales with the first seed at the shortest context, and trains
-everything else at the one with the least validation loss. A run leaves one JSON file under --out and is not repeated;
-tables come at the end, from the files. With --page nothing is trained: the records are added to the .json file beside
-the page, and its tables, between ``<!-- table KIND:TASK:GROUP -->`` and ``<!-- end -->``, are written again; a page
-that does not exist yet is begun. GROUP is size, tokens and tokens a step, e.g. tiny-1m-2048.
+on each task and context each tries all learning rates of --lr_scales with the first seed, and further ones while the
+best is at the edge; the other seeds have the one with the least validation loss. A run leaves one JSON file under --out
+and is not repeated; tables come at the end, from the files. With --page nothing is trained: the records are added to
+the .json file beside the page, and its tables, between ``<!-- table KIND:TASK:GROUP -->`` and ``<!-- end -->``, are
+written again; a page that does not exist yet is begun. GROUP is size, tokens and tokens a step, e.g. tiny-1m-2048.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split
 from parallel import diverged_in_training, stored, workers
+from tuning import tune
 
 Record = dict[str, Any]
 
@@ -162,9 +163,8 @@ def source_of(task: str, context: int, extra: str, tokens: str) -> str:
     return source
 
 
-def trials_of(options: argparse.Namespace) -> list[Job]:
-    """Every learning rate of every model, with the first seed at the shortest context."""
-    context, seed = min(options.contexts), min(options.seeds)
+def untuned(options: argparse.Namespace) -> list[Job]:
+    """Every model on every task at every context, with the first seed and the usual learning rate."""
     return [
         Job(
             task=task,
@@ -172,50 +172,39 @@ def trials_of(options: argparse.Namespace) -> list[Job]:
             family=family,
             size=options.size,
             optimizer=options.optim or ("adamw" if family in BASELINE_FAMILIES else "kalma"),
-            lr_scale=scale,
+            lr_scale=1.0,
             context=context,
-            seed=seed,
+            seed=min(options.seeds),
             tokens=options.tokens,
             tokens_per_step=options.tokens_per_step,
         )
         for task in options.tasks
-        for family in options.families
-        for scale in options.lr_scales
-    ]
-
-
-def plan(options: argparse.Namespace, tuned: Sequence[Job]) -> list[Job]:
-    """All runs at the chosen learning rates, the first seed of everything first."""
-    return [
-        replace(
-            job,
-            source=source_of(job.task, context, getattr(options, job.task), options.tokens),
-            context=context,
-            seed=seed,
-        )
-        for seed in options.seeds
-        for job in tuned
         for context in options.contexts
+        for family in options.families
     ]
+
+
+def at_rate(job: Job, lr_scale: float) -> Job:
+    """The same run at another learning rate."""
+    return replace(job, lr_scale=lr_scale)
+
+
+def valid_loss(record: Record) -> float:
+    """What the learning rate is chosen by."""
+    return math.inf if record["diverged"] else float(record["valid"]["loss"])
 
 
 def at_best_rate(records: Sequence[Record]) -> list[Record]:
-    """Without the runs at other learning rates than a model's best on the task."""
+    """Without the runs at other learning rates than a model's best on the task at the context."""
     runs = [record for record in records if "family" in record]
-    models = {_model(record) for record in runs}
-    best = {model: _best_trial([record for record in runs if _model(record) == model]) for model in models}
+    best: dict[tuple[Any, ...], Record] = {}
+    for record in sorted(runs, key=lambda r: (r["seed"], valid_loss(r))):
+        best.setdefault(_model(record), record)
     return [r for r in records if "family" not in r or r["lr_scale"] == best[_model(r)]["lr_scale"]]
 
 
-def _model(record: Record) -> tuple[str, ...]:
-    return tuple(record[name] for name in ("group", "task", "family", "optimizer"))
-
-
-def _best_trial(runs: Sequence[Record]) -> Record:
-    """The least validation loss of the first seed at the shortest context; any run where all diverged."""
-    first = min((record["context"], record["seed"]) for record in runs)
-    trials = [record for record in runs if (record["context"], record["seed"]) == first]
-    return min(trials, key=lambda trial: math.inf if trial["diverged"] else trial["valid"]["loss"])
+def _model(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in ("group", "source", "context", "family", "optimizer"))
 
 
 def describe(record: Record) -> str:
@@ -383,8 +372,8 @@ def _shown(interval: Interval, digits: int = 4) -> str:
 
 def run_all(options: argparse.Namespace) -> None:
     """Runs what is missing and prints the tables."""
-    trials = trials_of(options)
-    sources = {job.source: job for job in plan(options, trials)}
+    jobs = untuned(options)
+    sources = {job.source: job for job in jobs}
     folders = {source: open_data(DataConfig(source=source)).folder for source in sources}
     records: list[Record] = []
     for number, (source, job) in enumerate(sources.items()):
@@ -392,26 +381,21 @@ def run_all(options: argparse.Namespace) -> None:
         records.append(stored(path, partial(rate_of, job.task, source, job.group)))
         print(f"source {number + 1} of {len(sources)}: {describe(records[-1])}", flush=True)
     with workers(partial(run_job, folders=folders, out=options.out), describe, options.workers) as run_jobs:
-        best = at_best_rate(run_jobs(trials))
-        tuned = [job for job in trials if any(_of_job(record, job) for record in best)]
-        records += run_jobs(plan(options, tuned))
+        scales = tune(run_jobs, {job: partial(at_rate, job) for job in jobs}, valid_loss, options.lr_scales)
+        records += run_jobs([replace(at_rate(job, scales[job]), seed=seed) for seed in options.seeds for job in jobs])
     for task in options.tasks:
         for kind in TABLES if task == "recall" else ("rate", "excess"):
             print(f"\n{task}: {TITLES[kind]}\n\n{TABLES[kind]([r for r in records if r['task'] == task])}", flush=True)
 
 
-def _of_job(record: Record, job: Job) -> bool:
-    return all(record[name] == value for name, value in asdict(job).items())
-
-
 def main() -> None:
     """Runs what is missing, or writes the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["llama", "kalmagrove"])
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["llama", "slim", "kalmagrove"])
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1, 2, 4, 8])
-    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 256, 512])
+    parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1.0, 2.0])
+    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 512])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", default="1m", help="training tokens of a run")
     parser.add_argument("--tokens_per_step", type=int, default=2048)
