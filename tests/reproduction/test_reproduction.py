@@ -13,10 +13,11 @@ from kalmagrove.cli import main
 from kalmagrove.comparison import compare as compare_module
 from kalmagrove.errors import UsageError
 from kalmagrove.report.results import Results
-from kalmagrove.reproduction.answers import Answer, judge_below_one
-from kalmagrove.reproduction.claims import PAPER, answer_claims
+from kalmagrove.reproduction.answers import Answer, all_of, judge_below
+from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.cost import study_costs
 from kalmagrove.reproduction.evidence import Evidence, Study, count_spikes, tokens_to_reach, trained_rates
+from kalmagrove.reproduction.pairs import PAPER
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
 
@@ -102,7 +103,11 @@ def test_a_spike_is_counted_and_noise_is_not() -> None:
 
 def make_study(make_results: Callable[..., dict[str, Any]], tmp_path: Path, name: str, **options: Any) -> Study:
     """Our model under the name of the family, and slim beside it."""
+    trials, tokens, lost = options.pop("trials", 3), options.pop("tokens", 60_000), options.pop("lost", ())
     record = make_results(others={"slim-nano": options.pop("slim", (29.0, 29.1, 29.2))}, **options)
+    record["trials"], record["budget"]["tokens"] = trials, tokens
+    for run in (run for run in record["models"][-1]["runs"] if run["seed"] in lost):
+        run.update(diverged=True, valid=None, test=None)
     text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
     return Study(name, tmp_path, Results.from_dict(json.loads(text)), {})
 
@@ -135,6 +140,43 @@ def test_one_pair_one_seed_or_a_tie_decides_nothing(
     assert claims_of(*(make_study(make_results, tmp_path, n, **tie) for n in PAPER))["C3"].verdict == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("options", "doubt"),
+    [
+        ({"trials": 1}, "learning rates not tuned"),
+        ({"tokens": 10_000}, "screening, 5.0 training tokens a parameter"),
+        ({"lost": (3,), "ours": (27.0, 27.1, 27.2, 27.1), "llama": (30.0, 30.1, 30.3, 30.2)}, "diverged with seed 3"),
+    ],
+)
+def test_what_speaks_against_a_headline_holds_it_back(
+    options: dict[str, Any], doubt: str, make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    found = claims_of(*(make_study(make_results, tmp_path, name, **GOOD | options) for name in PAPER))
+    assert found["C3"].verdict == "undecided" and doubt in found["C3"].reason
+    assert found["C14"].verdict != "supported"
+
+
+def test_a_part_needs_all_its_measurements(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    def with_part(name: str, **options: Any) -> Study:
+        record = make_results(**GOOD | options)
+        record["trials"] = 3
+        text = json.dumps(record).replace('"ours"', '"llama-nano+arnold"').replace('"llama"', '"llama-nano"')
+        return Study(name, tmp_path, Results.from_dict(json.loads(text.replace('"kalma"', '"adamw"'))), {})
+
+    both = with_part("parts"), with_part("long_context")
+    assert claims_of(*both)["C8"].verdict == "supported"
+    assert claims_of(both[0])["C8"].verdict == "undecided"
+    slower = with_part("long_context", time_ratios=(1.2, 1.3, 1.4))
+    assert claims_of(both[0], slower)["C8"].verdict == "not supported"
+
+
+def test_a_claim_of_several_parts_needs_them_all() -> None:
+    assert all_of(["supported", "supported"]) == "supported"
+    assert all_of(["supported", "not measured"]) == "undecided"
+    assert all_of(["supported", "not supported", "not measured"]) == "not supported"
+    assert all_of(["not measured", "not measured"]) == all_of([]) == "not measured"
+
+
 def test_what_one_pair_refutes_is_not_supported(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     worse = {"ours": GOOD["llama"], "llama": GOOD["ours"], "time_ratios": (1.1, 1.2, 1.3)}
     studies = [make_study(make_results, tmp_path, "base", **GOOD), make_study(make_results, tmp_path, "large", **worse)]
@@ -152,7 +194,7 @@ def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[s
 
 
 def test_nothing_is_judged_from_nothing() -> None:
-    assert judge_below_one([]) == judge_below_one([None]) == "not measured"
+    assert judge_below([]) == judge_below([None]) == "not measured"
     assert {answer.verdict for answer in answer_claims(Evidence({}, None))} == {"not measured"}
 
 
@@ -162,8 +204,9 @@ def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str,
         {"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.3), (1.0, 3.05), (2.0, 3.0), (4.0, None))
     ]
     model = Results.from_dict(record).models[0]
-    assert trained_rates(model, 0.1) == 2.0 and trained_rates(model, 1.0) == 4.0
-    assert trained_rates(Results.from_dict(record).models[1], 0.1) is None
+    assert trained_rates(model, 0.1, {0.5, 1.0, 2.0}) == 2.0 and trained_rates(model, 1.0, {0.5, 1.0, 2.0}) == 4.0
+    assert trained_rates(model, 1.0, {1.0, 2.0}) == 2.0
+    assert trained_rates(Results.from_dict(record).models[1], 0.1, {1.0}) is None
 
 
 def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
@@ -185,6 +228,8 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     for expected in ("Word perplexity on a second text", "paper, KAN large", "kalmagrove-nano, kalma", "## recall"):
         assert expected in page
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
+    assert main([*words[:3], "--data", str(tmp_path), *words[5:]]) == 2
+    assert "give another --out" in capsys.readouterr().err
     assert main(words) == 0
     assert (tmp_path / "out" / "claims.md").read_text() == page
 

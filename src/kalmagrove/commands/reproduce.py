@@ -62,12 +62,12 @@ def run(words: Sequence[str]) -> None:
     from kalmagrove.reproduction.plan import load_plan
 
     plan = load_plan(options.scale, source=options.data, other_text=options.other_text, folder=options.data_folder)
-    if options.only is not None:
-        plan = plan.only(parse_list(options.only))
+    only = [] if options.only is None else parse_list(options.only)
+    chosen = plan.only(only) if only else plan
     if options.dry_run:
         from kalmagrove.reproduction.cost import cost_page, study_costs
 
-        costs = study_costs(plan)
+        costs = study_costs(chosen)
         print(json.dumps([asdict(cost) for cost in costs], indent=2) if options.json else cost_page(costs, speed))
         return
     if started_processes("reproduce", words, options.nproc):
@@ -78,7 +78,9 @@ def run(words: Sequence[str]) -> None:
     keep_freed_memory()
     folder = Path(options.out)
     with together("auto") as (world, said):
-        answers = reproduce(plan, folder, open_data=open_data, command=_command(words), say=said, world=world)
+        answers = reproduce(
+            plan, folder, only=only, open_data=open_data, command=_command(words), say=said, world=world
+        )
     if not world.is_first:
         return
     if options.json:

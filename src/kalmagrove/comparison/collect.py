@@ -187,17 +187,25 @@ def _blocks(seconds: dict[int, float]) -> dict[int, tuple[int, float]]:
 def _ratios(
     config: CompareConfig, folder: Path, contestant: Contestant, baseline: str, plan: dict[str, Any]
 ) -> list[float]:
-    """Time of ten steps over the baseline's for the same steps of the same seed, which ran right beside them."""
-    other = next(c for c in config.contestants() if c.name == baseline)
+    """Time of ten steps over the baseline's for the same steps of the same seed, which ran right beside them.
+
+    A trial that became a final run stood beside those of its own round, so with other rates that seed is left out.
+    """
+    pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
+    scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
     ratios: list[float] = []
     for seed in config.seed_list():
-        own, theirs = (
-            _step_seconds(folder, c, float(plan.get("scales", {}).get(c.name, 1.0)), seed) for c in (contestant, other)
-        )
+        if seed == config.seed_list()[0] and scales[0] != scales[1] and _has_long_trials(config, int(plan["steps"])):
+            continue
+        own, theirs = (_step_seconds(folder, c, scale, seed) for c, scale in zip(pair, scales, strict=True))
         common = own.keys() & theirs.keys()
         ours, reference = (_blocks({step: times[step] for step in common}) for times in (own, theirs))
         ratios += [ours[index][1] / reference[index][1] for index in sorted(ours)]
     return ratios
+
+
+def _has_long_trials(config: CompareConfig, steps: int) -> bool:
+    return config.trials > 1 and config.trial_steps(steps) == steps
 
 
 def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:

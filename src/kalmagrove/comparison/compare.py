@@ -155,14 +155,14 @@ def _final_runs(config: CompareConfig, data: TrainingData, folder: Path, plan: _
         for name, session in sessions.items():
             if session.finished:
                 continue
-            if not session.run.done:
+            result = evaluate_run(session.run, ("valid", "test")) if session.run.done else None
+            if result is None or not math.isfinite(result["test"]["loss"]):
                 if plan.world.is_first:
                     lost = {"diverged": True, "seconds": session.seconds, "step": session.run.step}
                     session.folder.write_result(lost)
                 plan.world.wait()
                 say(f"{name} diverged at step {session.run.step}")
                 continue
-            result = evaluate_run(session.run, ("valid", "test"))
             session.finish(result | {"diverged": False})
             say(f"{name}: test perplexity {result['test']['perplexity']:.2f}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,15 @@ def part_to_reach(model: Model, rival: Model) -> dict[int, float | None]:
     """By seed the part of the rival's tokens that a model needs to come down to the rival's last evaluation.
 
     A model in the middle of its schedule is above what a schedule of that length would give, so the part is an upper
-    bound. None where it never came down so far.
+    bound. None where it never came down so far, or diverged.
     """
     rivals = {run.seed: run.valid_curve for run in rival.runs if run.finished and run.valid_curve.tokens}
     parts: dict[int, float | None] = {}
     for run in model.runs:
-        if run.seed not in rivals or not run.finished:
+        if run.seed not in rivals or not (run.finished or run.diverged):
+            continue
+        if run.diverged:
+            parts[run.seed] = None
             continue
         level, total = rivals[run.seed].loss[-1], rivals[run.seed].tokens[-1]
         needed = tokens_to_reach(run.valid_curve.tokens, run.valid_curve.loss, level)
@@ -155,20 +158,20 @@ def part_to_reach(model: Model, rival: Model) -> dict[int, float | None]:
     return parts
 
 
-def trained_rates(model: Model, within: float) -> float | None:
-    """How wide the tried learning rates are that end within so many nats of the best: the largest over the smallest."""
-    losses = {trial.lr_scale: trial.valid_loss for trial in model.lr_trials if trial.valid_loss is not None}
+def trained_rates(model: Model, within: float, factors: Collection[float]) -> float | None:
+    """How wide the learning rates are that end within so many nats of the best: the largest over the smallest.
+
+    Args:
+        model: Its trials.
+        within: Nats.
+        factors: The trials that count.
+    """
+    trials = [trial for trial in model.lr_trials if trial.lr_scale in factors]
+    losses = {trial.lr_scale: trial.valid_loss for trial in trials if trial.valid_loss is not None}
     if len(losses) < 2:
         return None
     good = [scale for scale, loss in losses.items() if loss <= min(losses.values()) + within]
     return max(good) / min(good)
-
-
-def step_time_ratio(model: Model, rival: Model) -> float | None:
-    """Median time of a step over the rival's, both of steps that ran in turns."""
-    if model.step_seconds is None or rival.step_seconds is None:
-        return None
-    return model.step_seconds / rival.step_seconds
 
 
 def mean_of(values: Mapping[int, float]) -> float | None:

@@ -11,8 +11,9 @@ from kalmagrove.report.results import Model, Results
 from kalmagrove.report.statistics import median_spread, ratio_interval
 from kalmagrove.report.table import build_table, format_count, format_score, to_markdown
 from kalmagrove.reproduction.answers import Answer, shown
-from kalmagrove.reproduction.claims import PAPER, PaperRow, answer_claims
+from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
+from kalmagrove.reproduction.pairs import PAPER, PaperRow
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
@@ -54,7 +55,7 @@ def _summary(plan: Plan, evidence: Evidence, answers: list[Answer]) -> str:
     unfinished = [study.name for study in evidence.studies.values() if not _is_finished(study.results)]
     if unfinished:
         lines.append(f"Not finished: {', '.join(unfinished)}.")
-    short = [study.name for study in evidence.studies.values() if study.name in PAPER and study.results.screening]
+    short = [study.name for study in evidence.studies.values() if study.results.screening]
     if short:
         lines.append(f"Screening, with fewer than 20 training tokens a parameter: {', '.join(short)}.")
     return " ".join(lines)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ from kalmagrove.comparison.compare import compare
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.sources import iter_documents
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.text import score_text
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer
-from kalmagrove.reproduction.claims import PAPER, answer_claims
+from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import OTHER_TEXT, load_evidence, read_other_text
 from kalmagrove.reproduction.page import write_page
+from kalmagrove.reproduction.pairs import PAPER
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.ladder import SweepConfig
 from kalmagrove.scaling.pages import LAW_FOLDER, write_pages
@@ -35,28 +37,41 @@ OpenData = Callable[[DataConfig], TrainingData]
 
 
 def reproduce(
-    plan: Plan, folder: Path, *, open_data: OpenData, command: str, say: Say, world: World = ALONE
+    plan: Plan,
+    folder: Path,
+    *,
+    only: Sequence[str] = (),
+    open_data: OpenData,
+    command: str,
+    say: Say,
+    world: World = ALONE,
 ) -> list[Answer]:
     """Trains what is missing and answers the claims.
 
     Args:
         plan: The studies.
-        folder: Gets a folder for each study, ``claims.json`` and ``claims.md``.
+        folder: Gets a folder for each study, ``plan.json``, ``claims.json`` and ``claims.md``.
+        only: Studies of the plan that are done now; none are all.
         open_data: Gives the packed text of a configuration.
         command: Repeats it; named in the page.
         say: Told what a person wants to know, a line at a time.
         world: The processes that train every model of a comparison together.
 
     Raises:
+        UsageError: The folder is of another plan or text, or a study is not in the plan.
         Interrupted: A signal came; every run was saved.
         KalmaGroveError: A folder belongs to another study.
     """
-    if any(contestant.optim == "soap" for config in plan.comparisons.values() for contestant in config.contestants()):
+    chosen = plan.only(list(only)) if only else plan
+    if any(contestant.optim == "soap" for config in chosen.comparisons.values() for contestant in config.contestants()):
         require_extra("pytorch_optimizer", "soap", "optim.name soap")
     if plan.other_text is not None:
         # One that cannot be read is found before hours of training.
         next(iter_documents(plan.other_text))
-    for name in plan.names:
+    world.wait()
+    if world.is_first:
+        _claim(plan, folder)
+    for name in chosen.names:
         say(f"{name}: {STUDIES[name]}")
         again = f"{command} --only {name}"
         if name == LADDER:
@@ -75,6 +90,27 @@ def reproduce(
         if world.is_first:
             write_page(plan, load_evidence(folder), folder, command=command)
     return answer_claims(load_evidence(folder))
+
+
+def _claim(plan: Plan, folder: Path) -> None:
+    """Writes down what the folder's studies are of, so that no page mixes two scales or two texts."""
+    path = folder / "plan.json"
+    sources = {name: config.data.source for name, config in plan.comparisons.items()}
+    sources |= {} if plan.ladder is None else {LADDER: plan.ladder.data.source}
+    wanted = {"scale": plan.scale, "data": sources}
+    if path.is_file():
+        try:
+            known = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise KalmaGroveError(f"{path} is damaged; remove it to write it anew") from error
+        for name, value in wanted.items():
+            if known.get(name) != value:
+                raise UsageError(
+                    f"{folder} holds the {name} {known.get(name)}, and this call is for {value}; give another --out"
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(path, wanted)
 
 
 def _scale(config: SweepConfig, folder: Path, *, open_data: OpenData, command: str, say: Say) -> None:

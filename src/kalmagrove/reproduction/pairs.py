@@ -1,0 +1,113 @@
+"""The paper's Table 1, and the pairs of rows as they were trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kalmagrove.report.results import Model, Split
+from kalmagrove.report.statistics import Interval, Spread, median_spread, ratio_interval
+from kalmagrove.reproduction.answers import Verdict
+from kalmagrove.reproduction.evidence import Evidence, Study
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A line of the paper's Table 1: millions of parameters, minutes an epoch, valid and test perplexity."""
+
+    parameters: float
+    minutes: float
+    valid: float
+    test: float
+
+
+@dataclass(frozen=True)
+class PaperPair:
+    """A Transformer and a KalmaGrove of Table 1."""
+
+    transformer: PaperRow
+    ours: PaperRow
+
+    def ratio(self, column: str) -> float:
+        """Ours over the Transformer's."""
+        found: float = getattr(self.ours, column) / getattr(self.transformer, column)
+        return found
+
+
+PAPER = {
+    "base": PaperPair(PaperRow(125, 15.2, 34.5, 35.8), PaperRow(70, 11.0, 32.1, 33.2)),
+    "large": PaperPair(PaperRow(355, 31.7, 29.4, 29.8), PaperRow(180, 18.9, 28.7, 29.1)),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a row pair of Table 1 as they were trained here."""
+
+    name: str
+    study: Study
+    ours: Model
+    rival: Model
+
+    def perplexity(self, split: Split, rival: Model | None = None) -> Interval | None:
+        """The ratio of perplexities, paired by seed."""
+        other = self.rival if rival is None else rival
+        return ratio_interval(self.ours.by_seed(split, "perplexity"), other.by_seed(split, "perplexity"))
+
+    @property
+    def time(self) -> Spread | None:
+        """Paired ratios of step times."""
+        return median_spread(self.study.results.time_ratios(self.ours.name))
+
+    def doubts(self, rival: Model | None = None) -> list[str]:
+        """What keeps a headline about this pair from being supported."""
+        return [f"{self.name}: {doubt}" for doubt in doubts_about(self.study, self.ours, rival or self.rival)]
+
+
+def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
+    """Why a comparison that looks good does not carry a headline."""
+    results = study.results
+    lost = sorted(lost_seeds(ours, rival))
+    found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
+    found += ["learning rates not tuned"] if results.trials == 1 else []
+    if results.screening:
+        found.append(f"screening, {results.tokens_per_parameter:.1f} training tokens a parameter")
+    return found
+
+
+def lost_seeds(ours: Model, rival: Model) -> set[int]:
+    """Seeds with which we diverged and the rival did not."""
+    finished = {run.seed for run in rival.runs if run.finished}
+    return {run.seed for run in ours.runs if run.diverged} & finished
+
+
+def held_back(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
+    """A verdict of supported that something speaks against is undecided."""
+    return "undecided" if verdict == "supported" and doubts else verdict
+
+
+def with_doubts(reason: str, doubts: Sequence[str]) -> str:
+    """A reason with what speaks against it."""
+    return "; ".join([reason, *doubts])
+
+
+def pairs_of(evidence: Evidence) -> dict[str, Pair | None]:
+    """Both pairs of Table 1; None where one is not there."""
+    pairs: dict[str, Pair | None] = {}
+    for name in PAPER:
+        study = evidence.studies.get(name)
+        ours = study.find("kalmagrove") if study is not None else None
+        pairs[name] = None
+        if study is not None and ours is not None:
+            pairs[name] = Pair(name, study, ours, study.results.model(study.results.baseline))
+    return pairs
+
+
+def each(pairs: dict[str, Pair | None], text: Callable[[Pair], str]) -> str:
+    """Something about each pair, in a line."""
+    return "; ".join(f"{name} {text(pair)}" for name, pair in pairs.items() if pair is not None) or "-"
+
+
+def quoted(column: str) -> str:
+    """The paper's own ratios."""
+    return "; ".join(f"{name} {pair.ratio(column):.2f}x" for name, pair in PAPER.items())

@@ -1,0 +1,160 @@
+"""The claims about one part by itself, and about the synthetic tasks."""
+
+from __future__ import annotations
+
+from kalmagrove.report.results import Model
+from kalmagrove.report.statistics import Interval, mean_interval, median_spread, ratio_interval
+from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
+from kalmagrove.reproduction.evidence import Evidence, Study, part_to_reach, trained_rates
+from kalmagrove.reproduction.pairs import doubts_about, held_back, lost_seeds, with_doubts
+from kalmagrove.reproduction.table_claims import scaled
+
+CLOSE = 0.1
+"""Nats above the best within which a learning rate counts as one that trains."""
+SYNTHETIC = ("hierarchy", "recall")
+FEWEST_SEEDS = 3
+
+
+def _kalma_and_adamw(evidence: Evidence) -> tuple[Study, Model, Model] | None:
+    study = evidence.studies.get("optimizers")
+    kalma, adamw = (study.find("llama", optim=name) if study else None for name in ("kalma", "adamw"))
+    return None if study is None or kalma is None or adamw is None else (study, kalma, adamw)
+
+
+def fewer_steps(evidence: Evidence) -> Answer:
+    """C5."""
+    claim, reason = "fewer iterations", "llama with Kalma against llama with AdamW: steps to AdamW's last loss"
+    found = _kalma_and_adamw(evidence)
+    parts = {} if found is None else part_to_reach(found[1], found[2])
+    if found is None or not parts:
+        return Answer("C5", claim, "", "-", "not measured", reason)
+    study, kalma, adamw = found
+    doubts = doubts_about(study, kalma, adamw)
+    reached = {seed: part for seed, part in parts.items() if part is not None}
+    if len(reached) < len(parts):
+        ours = f"AdamW's last loss was reached with {len(reached)} of {len(parts)} seeds"
+        return Answer("C5", claim, "", ours, "not supported", with_doubts(reason, doubts))
+    steps = scaled(reached, 1.0)
+    spread = median_spread(study.results.time_ratios(kalma.name)) if study.results.baseline == adamw.name else None
+    seconds = None if spread is None else scaled(reached, spread.median)
+    reason = f"{reason}; an upper bound, read in the middle of Kalma's schedule; the verdict is of the steps"
+    ours = f"{shown(steps)} of the steps, {shown(seconds)} of the seconds"
+    return Answer("C5", claim, "", ours, _screened(judge_below([steps]), doubts), with_doubts(reason, doubts))
+
+
+def stable(evidence: Evidence) -> Answer:
+    """C6."""
+    reason = (
+        f"llama; a spike is a step far above the running mean; rates within {CLOSE} nats of the best, of the factors "
+        f"that both tried; supported means no worse in all three and better in one, with {FEWEST_SEEDS} seeds"
+    )
+    found = _kalma_and_adamw(evidence)
+    if found is None:
+        return Answer("C6", "stable", "", "-", "not measured", reason)
+    study, *models = found
+    tried = set.intersection(*({trial.lr_scale for trial in model.lr_trials} for model in models))
+    spikes, spans = [study.spikes(m) for m in models], [trained_rates(m, CLOSE, tried) for m in models]
+    diverged = [sum(run.diverged for run in model.runs) for model in models]
+    ours = "; ".join(
+        f"{model.optim}: {_number(spikes[n])} spikes in 1,000 steps, rates over a factor of {_number(spans[n])}, "
+        f"{diverged[n]} diverged"
+        for n, model in enumerate(models)
+    )
+    if None in spikes or None in spans:
+        return Answer("C6", "stable", "", ours, "not measured", reason)
+    # Each positive where Kalma is the better one.
+    leads = [
+        (spikes[1] or 0) - (spikes[0] or 0),
+        (spans[0] or 0) - (spans[1] or 0),
+        diverged[1] - diverged[0],
+    ]
+    enough = all(len([run for run in model.runs if run.finished or run.diverged]) >= FEWEST_SEEDS for model in models)
+    verdict: Verdict = "undecided"
+    if min(leads) >= 0 and max(leads) > 0 and enough:
+        verdict = "supported"
+    elif max(leads) < 0 or (max(leads) == 0 and min(leads) < 0):
+        verdict = "not supported"
+    return Answer("C6", "stable", "", ours, verdict, reason)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def alone(evidence: Evidence, name: str, part: str) -> Answer:
+    """C7 and C8: Grove or Arnold put into llama, and nothing else changed."""
+    lines: list[str] = []
+    verdicts: list[Verdict] = []
+    doubts: list[str] = []
+    for study_name in ("parts", "long_context") if part == "arnold" else ("parts",):
+        study = evidence.studies.get(study_name)
+        plain, changed = (study.find("llama", *p, optim="adamw") if study else None for p in ((), (part,)))
+        if study is None or plain is None or changed is None:
+            verdicts.append("not measured")
+            continue
+        found, line = _one_part(study, plain, changed, smaller=part == "grove")
+        verdicts.append(found)
+        lines.append(line)
+        doubts += [f"{study_name}: {doubt}" for doubt in doubts_about(study, changed, plain)]
+    wanted = "lower perplexity, fewer parameters and less time" if part == "grove" else "lower perplexity and less time"
+    reason = f"put into llama, AdamW and as many trials on both sides; supported means {wanted}"
+    verdict = _screened(all_of(verdicts), doubts)
+    return Answer(name, f"{part.capitalize()} alone", "", "; ".join(lines) or "-", verdict, with_doubts(reason, doubts))
+
+
+def _one_part(study: Study, plain: Model, changed: Model, *, smaller: bool) -> tuple[Verdict, str]:
+    ratio = ratio_interval(changed.by_seed("test", "perplexity"), plain.by_seed("test", "perplexity"))
+    spread = median_spread(study.results.time_ratios(changed.name)) if study.results.baseline == plain.name else None
+    size = changed.parameters.total / plain.parameters.total
+    line = (
+        f"context {study.results.budget.context_length}: perplexity {shown(ratio)}, parameters {size:.2f}x, FLOPs "
+        f"{changed.flops_per_token / plain.flops_per_token:.2f}x, time a step {shown_time(spread)}"
+    )
+    sizes: list[Verdict] = [("supported" if size < 1 else "not supported")] if smaller else []
+    lost: list[Verdict] = ["undecided"] if lost_seeds(changed, plain) else []
+    return all_of([judge_below([ratio]), judge_times([spread]), *sizes, *lost]), line
+
+
+def _screened(verdict: Verdict, doubts: list[str]) -> Verdict:
+    """Studies of parts are short by plan, which is said; what was not tuned or diverged holds a verdict back."""
+    return held_back(verdict, [doubt for doubt in doubts if "screening" not in doubt])
+
+
+def synthetic(evidence: Evidence) -> Answer:
+    """C13."""
+    lines: list[str] = []
+    apart: list[Interval | None] = []
+    doubts: list[str] = []
+    for name in SYNTHETIC:
+        study = evidence.studies.get(name)
+        ours = study.find("kalmagrove") if study else None
+        if study is None or ours is None:
+            apart.append(None)
+            continue
+        rival = study.results.model(study.results.baseline)
+        excess, theirs = study.excess(ours), study.excess(rival)
+        both = sorted(excess.keys() & theirs.keys())
+        apart.append(mean_interval([excess[seed] - theirs[seed] for seed in both]) if both else None)
+        controls = [model for model in study.results.models if model.name not in (ours.name, rival.name)]
+        lines.append(
+            f"{name} {_mean(excess)} against {rival.name} {_mean(theirs)}, {_difference(apart[-1])}"
+            + "".join(f"; {model.name} {_mean(study.excess(model))}" for model in controls)
+        )
+        doubts += [f"{name}: {doubt}" for doubt in doubts_about(study, ours, rival)]
+    reason = "nats a token above the known optimum, against the better AdamW Transformer; other models for comparison"
+    verdict = judge_below(apart, 0.0)
+    return Answer(
+        "C13", "better on two synthetic tasks", "", " · ".join(lines) or "-", _screened(verdict, doubts),
+        with_doubts(reason, doubts),
+    )  # fmt: skip
+
+
+def _mean(values: dict[int, float]) -> str:
+    return f"{mean_interval(list(values.values())).mean:.3f}" if values else "-"
+
+
+def _difference(interval: Interval | None) -> str:
+    if interval is None:
+        return "-"
+    bounds = interval.bounds
+    return f"{interval.mean:+.3f}" + ("" if bounds is None else f" ({bounds[0]:+.3f} to {bounds[1]:+.3f})")

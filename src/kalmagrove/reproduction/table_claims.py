@@ -1,0 +1,151 @@
+"""The claims that Table 1 carries: parameters, time, perplexity, equal size, memory, cost to a loss."""
+
+from __future__ import annotations
+
+from kalmagrove.models.presets import split_preset
+from kalmagrove.report.statistics import Interval, ratio_interval
+from kalmagrove.report.table import format_bytes
+from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
+from kalmagrove.reproduction.evidence import part_to_reach
+from kalmagrove.reproduction.pairs import PAPER, Pair, each, held_back, lost_seeds, quoted, with_doubts
+from kalmagrove.training.config import BASELINE_FAMILIES
+
+Pairs = dict[str, Pair | None]
+MEMORY_NOISE = 0.02
+"""Peaks of memory that differ by no more than this part are a tie."""
+
+
+def parameters(pairs: Pairs) -> Answer:
+    """C1."""
+    largest = max(pair.ratio("parameters") for pair in PAPER.values())
+    verdicts: list[Verdict] = []
+    for pair in pairs.values():
+        if pair is None:
+            verdicts.append("not measured")
+        else:
+            verdicts.append("supported" if _size(pair) <= largest else "not supported")
+
+    def text(pair: Pair) -> str:
+        inner = pair.ours.parameters.non_embedding / pair.rival.parameters.non_embedding
+        return f"{_size(pair):.2f}x ({inner:.2f}x without embeddings)"
+
+    reason = f"supported means at most the paper's own {largest:.2f}x of the better AdamW Transformer, in each pair"
+    return Answer("C1", "half the parameters", quoted("parameters"), each(pairs, text), all_of(verdicts), reason)
+
+
+def _size(pair: Pair) -> float:
+    return pair.ours.parameters.total / pair.rival.parameters.total
+
+
+def time(pairs: Pairs) -> Answer:
+    """C2."""
+    verdict = judge_times([None if pair is None else pair.time for pair in pairs.values()])
+    reason = "steps of both in turns in one process, the optimiser's time included; an epoch has as many steps for both"
+    ours = each(pairs, lambda pair: shown_time(pair.time))
+    return Answer("C2", "faster epochs", quoted("minutes"), ours, verdict, reason)
+
+
+def perplexity(pairs: Pairs) -> Answer:
+    """C3."""
+    ratios = {
+        name: [None if pair is None else pair.perplexity(split) for split in ("valid", "test")]
+        for name, pair in pairs.items()
+    }
+    verdict = judge_below([ratio for both in ratios.values() for ratio in both])
+    doubts = [doubt for pair in pairs.values() if pair is not None for doubt in pair.doubts()]
+    reason = f"against the better plain Transformer ({each(pairs, _plain)}); same tokens in the same order"
+    ours = each(pairs, lambda pair: f"valid {shown(ratios[pair.name][0])}, test {shown(ratios[pair.name][1])}")
+    paper = f"valid {quoted('valid')}; test {quoted('test')}"
+    return Answer("C3", "lower perplexity", paper, ours, held_back(verdict, doubts), with_doubts(reason, doubts))
+
+
+def _plain(pair: Pair) -> str:
+    """Which plain Transformers were there, and which is the reference."""
+    models = [model for model in pair.study.results.models if split_preset(model.preset)[0] in BASELINE_FAMILIES]
+    others = [f"{model.name} with {model.optim}" for model in models if model.name != pair.rival.name]
+    return " better than ".join([f"{pair.rival.name} with {pair.rival.optim}", *others])
+
+
+def same_size(pairs: Pairs) -> Answer:
+    """C4."""
+    ratios: dict[str, Interval | None] = {}
+    doubts = []
+    for name, pair in pairs.items():
+        slim = None if pair is None else pair.study.find("slim")
+        ratios[name] = None if pair is None or slim is None else pair.perplexity("test", slim)
+        doubts += [] if pair is None or slim is None else pair.doubts(slim)
+    reason = "against slim: dense, as many parameters, the same cheap tricks, the same optimiser and trials"
+    verdict = held_back(judge_below(list(ratios.values())), doubts)
+    ours = each(pairs, lambda pair: shown(ratios[pair.name]))
+    return Answer("C4", "better at equal size", "", ours, verdict, with_doubts(reason, doubts))
+
+
+def memory(pairs: Pairs) -> Answer:
+    """C9."""
+    verdicts: list[Verdict] = []
+    for pair in pairs.values():
+        ratio = None if pair is None else _memory_ratio(pair)
+        if ratio is None:
+            verdicts.append("not measured")
+        elif ratio < 1 - MEMORY_NOISE:
+            verdicts.append("supported")
+        else:
+            verdicts.append("not supported" if ratio > 1 + MEMORY_NOISE else "undecided")
+
+    def text(pair: Pair) -> str:
+        ours, rival, ratio = pair.ours.peak_memory_bytes, pair.rival.peak_memory_bytes, _memory_ratio(pair)
+        if ratio is None or not ours or not rival:
+            return "-"
+        return f"{ratio:.2f}x ({format_bytes(ours)} against {format_bytes(rival)})"
+
+    reason = (
+        "peak of a training process less what it held before: weights, gradients, optimiser, activations; one "
+        f"measurement each, within {MEMORY_NOISE:.0%} a tie"
+    )
+    return Answer("C9", "less memory", "", each(pairs, text), all_of(verdicts), reason)
+
+
+def _memory_ratio(pair: Pair) -> float | None:
+    ours, rival = pair.ours.peak_memory_bytes, pair.rival.peak_memory_bytes
+    return ours / rival if ours and rival else None
+
+
+def greener(pairs: Pairs) -> Answer:
+    """C14."""
+    verdicts: list[Verdict] = []
+    texts: dict[str, str] = {}
+    doubts = []
+    for name, pair in pairs.items():
+        if pair is None:
+            verdicts.append("not measured")
+            continue
+        found, texts[name] = _cost_to_loss(pair)
+        verdicts.append(found)
+        doubts += pair.doubts()
+    reason = (
+        "to the Transformer's last validation loss, by forward and backward FLOPs and by seconds, which count the "
+        "optimiser too; not measured joules; an upper bound, read in the middle of our schedule"
+    )
+    verdict = held_back(all_of(verdicts), doubts)
+    ours = each(pairs, lambda pair: texts[pair.name])
+    return Answer("C14", "greener", "", ours, verdict, with_doubts(reason, doubts))
+
+
+def _cost_to_loss(pair: Pair) -> tuple[Verdict, str]:
+    parts = part_to_reach(pair.ours, pair.rival)
+    if not parts:
+        return "not measured", "-"
+    reached = {seed: part for seed, part in parts.items() if part is not None}
+    if len(reached) < len(parts) or lost_seeds(pair.ours, pair.rival):
+        return "not supported", f"that loss was reached with {len(reached)} of {len(parts)} seeds"
+    per_token = pair.ours.flops_per_token / pair.rival.flops_per_token
+    flops = scaled(reached, per_token)
+    verdicts, text = [judge_below([flops])], f"FLOPs {shown(flops)}"
+    spread = pair.time
+    seconds = None if spread is None else scaled(reached, spread.median)
+    return all_of([*verdicts, judge_below([seconds])]), f"{text}, seconds {shown(seconds)}"
+
+
+def scaled(parts: dict[int, float], factor: float) -> Interval | None:
+    """The interval of parts of a rival's tokens, each token costing a factor of the rival's."""
+    return ratio_interval({seed: part * factor for seed, part in parts.items()}, dict.fromkeys(parts, 1.0))
