@@ -5,16 +5,20 @@
 
 Needs ../shared/data and the extra "peft". Without --base a kalmagrove-mini is trained on the textbooks first. All
 methods adapt the base's dense form, see the same tokens in the same order, and are tuned alike: each at its rates of
---lr_scales with the first seed on the validation split, the best rate with the other seeds. Gain is the fall of the
-domain's validation loss in nats a token, forgetting the rise of that of the base's own text. A run leaves one JSON file
-and is not repeated; the table comes at the end, from the files.
+--lr_scales with the first seed on the validation split, further rates while the best is at the edge, and the best rate
+with the other seeds. Cores between the gradient's bases read the first tokens of the training once more before it, to
+find the bases: no other text, but more time, which the table shows. Gain is the fall of the domain's test loss in nats
+a token, forgetting the rise of that of the base's own text; shares of LoRA's gain are paired by seed. A run leaves one
+JSON file and is not repeated; the table comes at the end, from the files.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kalmagrove.adaptors import Adaptors
+from kalmagrove.adaptors import Adaptors, model_fingerprint
 from kalmagrove.adaptors.gradients import text_bases
 from kalmagrove.commands.parsing import open_data, say
 from kalmagrove.data.batches import batch_at, evaluation_windows
@@ -40,10 +44,11 @@ from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.trainer import train
 from parallel import stored, workers
+from tuning import tune
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 DOMAINS = ("biomedical", "legal", "technical")
-VALIDATION_TOKENS, GRADIENT_TOKENS, WARMUP_PART = 65536, 65536, 0.1
+SCORED_TOKENS, GRADIENT_TOKENS, WARMUP_PART = 65536, 65536, 0.1
 CPU = torch.device("cpu")
 RATES = {"full": 1e-3, "lora": 7e-3, "xs": 3e-2, "core": 4e-3, "dense": 2e-3}
 METHODS = ("full-0", "lora-1", "lora-4", "lora-8", "lora-16", "core-12", "core-64", "core-128", "dense-7", "xs-14")
@@ -64,6 +69,7 @@ class Job:
         tokens: Of the training.
         batch_size: Sequences of a step.
         context_length: Tokens of a sequence.
+        base: Fingerprint of the base.
     """
 
     method: str
@@ -73,12 +79,13 @@ class Job:
     tokens: int
     batch_size: int = 8
     context_length: int = 256
+    base: str = ""
 
     @property
     def name(self) -> str:
         """Of its file."""
         sizes = f"{self.tokens}-{self.batch_size}-{self.context_length}"
-        return f"{sizes}/{self.domain}/{self.method}-x{self.lr_scale:g}-seed{self.seed}"
+        return f"{self.base[:8]}-{sizes}/{self.domain}/{self.method}-x{self.lr_scale:g}-seed{self.seed}"
 
     @property
     def steps(self) -> int:
@@ -98,31 +105,40 @@ def run_job(job: Job, *, base: Path, data: dict[str, Path], out: Path) -> Record
 
 
 def adapt(job: Job, base: Path, data: dict[str, Path]) -> Record:
-    """Adapts the base and scores it on the domain's and on its own validation split."""
+    """Adapts the base and scores it on the domain's splits and on its own text's."""
     opened = {name: open_packed(folder, verify=False) for name, folder in data.items() if name in (job.domain, "base")}
     model = merge(as_decoder(load_model(base))).requires_grad_(False)
-    before = {name: validation_loss(model, text, job.context_length) for name, text in opened.items()}
+    before = losses(job, model, opened)
+    began = time.monotonic()
     parameters = trained_parameters(job, model, opened[job.domain])
     train_parameters(job, model, parameters, opened[job.domain])
-    after = {name: validation_loss(model, text, job.context_length) for name, text in opened.items()}
+    seconds = time.monotonic() - began
+    after = losses(job, model, opened)
+    lost = not all(map(math.isfinite, after.values()))
     return {
         **asdict(job),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "gain": before[job.domain] - after[job.domain],
-        "forgetting": after["base"] - before["base"],
-        "base_loss": before[job.domain],
+        "seconds": seconds,
+        "base_loss": before["test"],
+        "diverged": lost,
+        "valid_gain": None if lost else before["valid"] - after["valid"],
+        "gain": None if lost else before["test"] - after["test"],
+        "forgetting": None if lost else after["base"] - before["base"],
         "data_fingerprint": opened[job.domain].fingerprint,
         "environment": describe_environment(),
     }
 
 
-def validation_loss(model: KalmaGroveForCausalLM, data: PackedText, context_length: int) -> float:
-    """Mean nats a token of the first part of the validation split."""
-    tokens = data.tokens("valid")[: VALIDATION_TOKENS + 1]
-    windows = evaluation_windows(tokens, context_length=context_length, stride=context_length)
-    sizes = {"vocab_size": model.config.vocab_size, "device": CPU, "precision": choose_precision("auto", CPU)}
-    nats, count = nats_of_windows(model, windows, **sizes)
-    return nats / count
+def losses(job: Job, model: KalmaGroveForCausalLM, opened: dict[str, PackedText]) -> dict[str, float]:
+    """Mean nats a token of the first part of the domain's valid and test split and of the base's test split."""
+    found = {}
+    for name, text, split in (("valid", job.domain, "valid"), ("test", job.domain, "test"), ("base", "base", "test")):
+        tokens = opened[text].tokens(split)[: SCORED_TOKENS + 1]
+        windows = evaluation_windows(tokens, context_length=job.context_length, stride=job.context_length)
+        sizes = {"vocab_size": model.config.vocab_size, "device": CPU, "precision": choose_precision("auto", CPU)}
+        nats, count = nats_of_windows(model, windows, **sizes)
+        found[name] = nats / count
+    return found
 
 
 def trained_parameters(job: Job, model: KalmaGroveForCausalLM, data: PackedText) -> list[nn.Parameter]:
@@ -140,8 +156,8 @@ def trained_parameters(job: Job, model: KalmaGroveForCausalLM, data: PackedText)
     adaptors = Adaptors(model)
     bases = None
     if kind in ("core", "dense"):
-        count = -(-GRADIENT_TOKENS // (job.batch_size * job.context_length))
-        batches = job.batches(data, range(job.steps, job.steps + count))
+        count = min(job.steps, -(-GRADIENT_TOKENS // (job.batch_size * job.context_length)))
+        batches = job.batches(data, range(count))
         bases = text_bases(model, adaptors.layers, batches, partial(loss_sum, model), rank)
     own_rank = rank if bases is None else None
     cores = adaptors.add_adaptor(job.method, own_rank, core="diagonal" if kind == "core" else "dense", bases=bases)
@@ -171,34 +187,57 @@ def train_parameters(job: Job, model: KalmaGroveForCausalLM, parameters: list[nn
 
 def describe(record: Record) -> str:
     """One line of progress."""
-    return (
+    start = (
         f"{record['domain']:<12}{record['method']:<10}{record['parameters']:>9,}  x{record['lr_scale']:<6g}seed "
-        f"{record['seed']}  gain {record['gain']:.4f}  forgetting {record['forgetting']:+.4f}"
+        f"{record['seed']}  "
     )
+    if record["diverged"]:
+        return f"{start}diverged"
+    return f"{start}gain {record['gain']:.4f}  forgetting {record['forgetting']:+.4f}  {record['seconds']:.0f} s"
+
+
+def lost_gain(record: Record) -> float:
+    """What the learning rate is chosen by, the smaller the better."""
+    return math.inf if record["diverged"] else -float(record["valid_gain"])
 
 
 def table(domain: str, records: dict[str, list[Record]]) -> str:
-    """Gain and forgetting of each method, and the gain relative to each LoRA's."""
-    gains = {method: mean_interval([record["gain"] for record in runs]) for method, runs in records.items()}
-    loras = [method for method in records if method.startswith("lora")]
-    rows = [
-        f"| {domain} | trained | gain, nats | forgetting, nats | " + " | ".join(f"of {name}" for name in loras) + " |"
-    ]
-    rows.append("| :-- |" + " --: |" * (3 + len(loras)))
-    for method, runs in records.items():
-        forgetting = mean_interval([record["forgetting"] for record in runs]).mean
-        shares = [f"{gains[method].mean / gains[name].mean:.0%}" for name in loras]
-        trained = runs[0]["parameters"]
+    """Gain and forgetting of each method, and the share of each LoRA's gain."""
+    sound = {method: [record for record in runs if not record["diverged"]] for method, runs in records.items()}
+    gains = {method: {record["seed"]: record["gain"] for record in runs} for method, runs in sound.items()}
+    loras = [method for method in records if method.startswith("lora") and gains[method]]
+    titles = " | ".join(f"of {name}" for name in loras)
+    rows = [f"| {domain} | trained | rate | gain, nats | forgetting, nats | seconds | {titles} |"]
+    rows.append("| :-- |" + " --: |" * (5 + len(loras)))
+    for method, runs in sound.items():
+        if not runs:
+            rows.append(f"| {method} | diverged |" + " |" * (4 + len(loras)))
+            continue
+        means = {name: mean_interval([record[name] for record in runs]) for name in ("gain", "forgetting", "seconds")}
+        shares = [shown(share_of(gains[method], gains[name]), "{:.0%}") for name in loras]
+        lost = len(records[method]) - len(runs)
         rows.append(
-            f"| {method} | {trained:,} | {shown(gains[method])} | {forgetting:+.4f} | " + " | ".join(shares) + " |"
+            f"| {method}{f' ({lost} diverged)' if lost else ''} | {runs[0]['parameters']:,} | "
+            f"x{runs[0]['lr_scale']:g} | {shown(means['gain'], '{:.4f}')} | {means['forgetting'].mean:+.4f} | "
+            f"{means['seconds'].mean:.0f} | " + " | ".join(shares) + " |"
         )
     return "\n".join(rows)
 
 
-def shown(gain: Interval) -> str:
+def share_of(gains: dict[int, float], others: dict[int, float]) -> Interval | None:
+    """A method's gain as a part of another's, paired by seed; None where that gained nothing."""
+    seeds = sorted(gains.keys() & others.keys())
+    if not seeds or any(others[seed] <= 0 for seed in seeds):
+        return None
+    return mean_interval([gains[seed] / others[seed] for seed in seeds])
+
+
+def shown(interval: Interval | None, form: str) -> str:
     """The mean, and the interval where there are enough seeds."""
-    bounds = "" if gain.bounds is None else f" ({gain.bounds[0]:.4f} to {gain.bounds[1]:.4f})"
-    return f"{gain.mean:.4f}{bounds}"
+    if interval is None:
+        return ""
+    bounds = interval.bounds
+    return form.format(interval.mean) + ("" if bounds is None else f" ({' to '.join(map(form.format, bounds))})")
 
 
 def trained_base(out: Path) -> Path:
@@ -213,13 +252,18 @@ def trained_base(out: Path) -> Path:
     return out / "base"
 
 
+def trial(job: Job, lr_scale: float) -> Job:
+    """The same adaptation at another learning rate."""
+    return replace(job, lr_scale=lr_scale)
+
+
 def main() -> None:
     """Runs what is missing and prints everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a run folder; left out: trained on the textbooks")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.15, 0.5, 1.5])
+    parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1.0, 2.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", default="1m")
     parser.add_argument("--workers", type=int, default=2)
@@ -229,20 +273,18 @@ def main() -> None:
     tokenizer = str(base / "model")
     data = {name: open_data(DataConfig(str(SHARED / name), tokenizer=tokenizer)).folder for name in options.domains}
     data["base"] = open_data(train_config_of(RunFolder(base)).data).folder
-    job = partial(Job, tokens=parse_count(options.tokens))
+    identity = model_fingerprint(load_model(base))
+    job = partial(Job, tokens=parse_count(options.tokens), base=identity)
     run = partial(run_job, base=base, data=data, out=options.out)
     tables = []
     with workers(run, describe, options.workers) as run_all:
         for domain in options.domains:
             first, *others = options.seeds
-            trials = run_all([job(m, domain, x, first) for m in options.methods for x in options.lr_scales])
-            best = {
-                method: max((r for r in trials if r["method"] == method), key=lambda r: r["gain"])
-                for method in options.methods
-            }
-            rest = run_all([job(m, domain, best[m]["lr_scale"], seed) for m in options.methods for seed in others])
-            runs = {m: [best[m], *(r for r in rest if r["method"] == m)] for m in options.methods}
-            tables.append(table(domain, runs))
+            trials = {m: partial(trial, job(m, domain, 1.0, first)) for m in options.methods}
+            scales = tune(run_all, trials, lost_gain, options.lr_scales)
+            seeds = [first, *others]
+            found = run_all([job(m, domain, scales[m], seed) for m in options.methods for seed in seeds])
+            tables.append(table(domain, {m: [r for r in found if r["method"] == m] for m in options.methods}))
     print("\n" + "\n\n".join(tables))
 
 

@@ -56,7 +56,8 @@ def run_method(images: ImageSet, path: Path, method: str, seeds: Sequence[int], 
     chief = ours.chief_of(sound[0]["valid"])
     best = min(sound, key=lambda own: own["valid"][chief])
     found = [record(best["rate"], seed) for seed in seeds]
-    mean = sum(own["test"][chief] for own in found if "test" in own) / len(found)
+    scores = [own["test"][chief] for own in found if "test" in own]
+    mean = sum(scores) / len(scores)
     print(f"{images.name:<12} {TITLES[method]:<34} {chief} {mean:.4f}  rate {best['rate']:g}", flush=True)
     return found
 
@@ -111,6 +112,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/images"))
     parser.add_argument("--page", type=Path, help="only write this page from the records")
     options = parser.parse_args()
+    if options.smoke:
+        options.out /= "smoke"
     if options.page is not None:
         fill_page(options.page, options.out)
         return

@@ -72,10 +72,14 @@ def run_method(task: Task, method: str, options: argparse.Namespace) -> list[Rec
         return stored(path, partial(run_fold, task, folder, method, fold, number, epochs))
 
     tried = [record(0, number) for number in range(len(settings_of(method)))]
-    chief = "rmse" if "rmse" in tried[0]["valid"] else "log_loss"
-    best = min(range(len(tried)), key=lambda number: tried[number]["valid"][chief])
+    sound = [number for number, own in enumerate(tried) if "valid" in own]
+    if not sound:
+        return []
+    chief = "rmse" if "rmse" in tried[sound[0]]["valid"] else "log_loss"
+    best = min(sound, key=lambda number: tried[number]["valid"][chief])
     found = [record(fold, best) for fold in range(options.folds)]
-    mean = sum(own["test"][chief] for own in found) / len(found)
+    scores = [own["test"][chief] for own in found if "test" in own]
+    mean = sum(scores) / len(scores)
     print(f"{task.name:<14} {TITLES[method]:<30} {chief} {mean:.4f}  setting {found[0]['setting']}", flush=True)
     return found
 
@@ -117,6 +121,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/tables"))
     parser.add_argument("--page", type=Path, help="only write this page from the records")
     options = parser.parse_args()
+    if options.smoke:
+        options.out /= "smoke"
     if options.page is not None:
         fill_page(options.page, options.out)
         return

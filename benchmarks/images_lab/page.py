@@ -41,7 +41,9 @@ def set_table(records: Sequence[Record]) -> str:
         ]
         seconds = mean_interval([record["seconds"] for record in own]).mean
         size, rate = f"{own[0]['parameters']:,}", f"{own[0]['rate']:g}"
-        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} | {size} | {rate} | {seconds:.0f} |")
+        lost = sum(record["method"] == method for record in records) - len(own)
+        title = TITLES[method] + (f" ({lost} diverged)" if lost else "")
+        lines.append(f"| {title} | {' | '.join(cells)} | {size} | {rate} | {seconds:.0f} |")
     return "\n".join(lines)
 
 

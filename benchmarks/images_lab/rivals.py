@@ -100,11 +100,14 @@ def _network(images: ImageSet, parts: Parts, name: str, rate: float, seed: int, 
     generator = torch.Generator().manual_seed(seed)
     steps = max(LOOKS, int(epochs * len(pixels) / BATCH_SIZE))
     best, weights = math.inf, model.state_dict()
+    order = torch.empty(0, dtype=torch.int64)
     for step in range(steps):
         rising = min(1.0, (step + 1) / max(1.0, WARMUP * steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * rising * 0.5 * (1 + math.cos(math.pi * step / steps))
-        chosen = torch.randint(0, len(pixels), (BATCH_SIZE,), generator=generator)
+        if len(order) < BATCH_SIZE:
+            order = torch.cat((order, torch.randperm(len(pixels), generator=generator)))
+        chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
         F.cross_entropy(model(pixels[chosen]), labels[chosen]).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -56,8 +56,10 @@ def fit(task: Task, folder: Path, family: str, setting: dict[str, Any], *, epoch
             break
         found = score_table(run.model, codec, rows["valid"], target, terms)
         name = "rmse" if "rmse" in found else "log_loss"
-        if not best or found[name] < best[name]:
+        if not best or not best[name] <= found[name]:
             best, weights = found, copy.deepcopy(run.model.state_dict())
+    if not best:
+        return {"diverged": True}
     run.model.load_state_dict(weights)
     return {
         "valid": best,

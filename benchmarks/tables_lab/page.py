@@ -27,8 +27,10 @@ MARK = re.compile(r"(<!-- table (?P<task>[\w ]+) -->\n).*?(<!-- end -->)", re.DO
 
 def task_table(records: Sequence[Record]) -> str:
     """Markdown: a row a method; log loss or RMSE is also compared with the trees', paired by fold."""
-    by_method = {name: [r for r in records if r["method"] == name] for name in TITLES}
-    first = next(iter(records))
+    sound = [record for record in records if "test" in record]
+    by_method = {name: [r for r in sound if r["method"] == name] for name in TITLES}
+    lost = {name: sum(r["method"] == name for r in records) - len(own) for name, own in by_method.items()}
+    first = next(iter(sound))
     scores = [name for name in SHOWN if name in first["test"] and not (name == "log_loss" and "rmse" in first["test"])]
     scores = [name for name in scores if "rmse" not in first["test"] or name in ("rmse", "mae", "r2")]
     chief = "rmse" if "rmse" in scores else "log_loss"
@@ -46,7 +48,8 @@ def task_table(records: Sequence[Record]) -> str:
         difference = _shown(mean_interval(apart)) if apart and method != "trees" else ""
         size = f"{own[0]['parameters']:,}" if "parameters" in own[0] else ""
         seconds = mean_interval([record["seconds"] for record in own]).mean
-        lines.append(f"| {TITLES[method]} | {' | '.join(cells)} | {difference} | {size} | {seconds:.1f} |")
+        title = TITLES[method] + (f" ({lost[method]} diverged)" if lost[method] else "")
+        lines.append(f"| {title} | {' | '.join(cells)} | {difference} | {size} | {seconds:.1f} |")
     return "\n".join(lines)
 
 

@@ -100,6 +100,17 @@ def test_merging_and_unloading_gives_a_plain_model(model: nn.Module, tokens: Ten
     assert torch.allclose(logits_of(plain, tokens), expected, atol=1e-5)
 
 
+def test_an_adapter_that_is_added_while_one_is_merged_leaves_it_as_it_is(model: nn.Module, tokens: Tensor) -> None:
+    adapted = peft.get_peft_model(model, TaskCoreConfig(r=3))
+    draw(adapted)
+    expected = logits_of(adapted, tokens)
+    adapted.merge_adapter()
+    with pytest.warns(UserWarning, match="Unmerging the model first"):
+        adapted.add_adapter("second", TaskCoreConfig(r=6))
+    adapted.unmerge_adapter()
+    assert torch.equal(logits_of(adapted, tokens), expected)
+
+
 def test_what_is_no_linear_layer_is_refused() -> None:
     with pytest.raises(ValueError, match="task cores need linear layers"):
         peft.get_peft_model(grove(), TaskCoreConfig(target_modules=["embed_tokens"]))

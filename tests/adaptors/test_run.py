@@ -1,13 +1,16 @@
 """The training of an adaptor from Python: what is for whole models only is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from adapted_models import grove
 
 from kalmagrove.adaptors import model_fingerprint
+from kalmagrove.adaptors import run as adaptor_run
 from kalmagrove.adaptors.options import AdaptConfig, AdaptorOptions, BaseConfig
-from kalmagrove.adaptors.run import AdaptorRun
+from kalmagrove.adaptors.run import AdaptorRun, AdaptorSession
 from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.training.config import LoopConfig
@@ -35,6 +38,24 @@ def test_a_step_changes_the_cores_and_nothing_else(base: BaseConfig, packed: Pac
     assert model_fingerprint(run.adaptors.model) == base.fingerprint
     state = run.state()
     assert set(state["model"]) == {f"{name}.core" for name in cores}
+
+
+def test_a_resumed_run_takes_its_bases_from_the_checkpoint(
+    base: BaseConfig, packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(base)
+    config = replace(config, adaptor=replace(config.adaptor, bases="gradient", core="diagonal", gradient_tokens=64))
+    session = AdaptorSession(config, packed, tmp_path / "run")
+    session.advance()
+    session.save()
+    session.close()
+    state = session.run.state()["model"]
+    monkeypatch.setattr(adaptor_run, "text_bases", lambda *_: pytest.fail("looked for the bases again"))
+    resumed = AdaptorSession(config, packed, tmp_path / "run")
+    resumed.close()
+    found = resumed.run.state()["model"]
+    assert resumed.resumed_from == 1 and state.keys() == found.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in found.items())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from kalmagrove.compression.source import open_source
 from kalmagrove.compression.work import WorkFolder
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.locks import FolderInUse
+from kalmagrove.training.checkpoint import CheckpointError
 
 
 @pytest.fixture
@@ -71,6 +72,22 @@ class Cut(Exception):
     """Ends a compression in the middle."""
 
 
+@pytest.mark.parametrize(("out", "dense_out"), [("small", "small/dense"), ("a/small", "a"), ("small", "small.work/x")])
+def test_outputs_inside_each_other_are_refused(out: str, dense_out: str, options: CompressOptions) -> None:
+    folder = options.out.parent
+    with pytest.raises(UsageError, match="choose folders beside each other"):
+        replace(options, out=folder / out, dense_out=folder / dense_out)
+
+
+def test_a_folder_that_is_not_a_compression_s_is_left_as_it_is(options: CompressOptions) -> None:
+    thesis = options.out.with_name(f"{options.out.name}.work") / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("mine")
+    with pytest.raises(UsageError, match=r"small\.work is in the way"):
+        compress(options)
+    assert thesis.read_text() == "mine" and list(thesis.parent.iterdir()) == [thesis]
+
+
 def test_two_processes_do_not_compress_into_one_folder(options: CompressOptions) -> None:
     path = options.out.with_name("small.work")
 
@@ -80,6 +97,26 @@ def test_two_processes_do_not_compress_into_one_folder(options: CompressOptions)
 
     compress(options, meet)
     assert options.out.is_dir() and not path.exists()
+
+
+def test_a_search_that_was_cut_off_goes_on_to_the_same_bytes(options: CompressOptions) -> None:
+    target = 1.2 * compress(replace(options, keep=1.0)).before.perplexity
+    options = replace(options, out=options.out.with_name("whole"), keep=None, target_ppl=target)
+    compress(options)
+    again = replace(options, out=options.out.with_name("again"))
+    seen: list[float] = []
+
+    def cut(now: str, done: float) -> None:
+        if now == "searching the size":
+            seen.append(done)
+            if len(seen) == 3:
+                raise Cut
+
+    with pytest.raises(Cut):
+        compress(again, cut)
+    compress(again, cut)
+    assert seen == sorted(seen) and len(seen) == len(set(seen))
+    assert digest(again.out) == digest(options.out)
 
 
 @pytest.mark.parametrize("stage", ["watching the dense model", "factorising layers"])
@@ -142,6 +179,23 @@ def test_a_refit_that_was_cut_off_goes_on_to_the_same_bytes(options: CompressOpt
     result = compress(again, lambda now, done: seen.append(done) if now == "refitting" else None)
     assert 0.3 < seen[0] < 0.65 and result.refit is not None and 4000 <= result.refit.tokens < 4200
     assert digest(again.out) == digest(options.out)
+
+
+def test_a_damaged_refit_is_named_and_kept(options: CompressOptions) -> None:
+    options = replace(options, keep=0.5, refit="2000")
+
+    def cut(now: str, done: float) -> None:
+        if now == "refitting" and done > 0.35:
+            raise Cut
+
+    with pytest.raises(Cut):
+        compress(options, cut)
+    kept = list(options.work_path.glob("refit/*/model.safetensors"))
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+        compress(options)
+    assert kept and all(path.is_file() for path in kept)
 
 
 def test_a_refit_of_another_length_begins_anew(options: CompressOptions) -> None:
@@ -263,6 +317,8 @@ def test_weights_are_stored_in_the_sources_type(options: CompressOptions, tmp_pa
 def test_a_refit_is_minutes_or_tokens() -> None:
     assert parse_refit("10m") == RefitLength(600.0, None)
     assert parse_refit("500k") == RefitLength(None, 500_000)
+    with pytest.raises(UsageError, match="neither a duration"):
+        parse_refit("0s")
     assert parse_refit("1234") == RefitLength(None, 1234)
 
 

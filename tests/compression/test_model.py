@@ -12,11 +12,13 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
+from kalmagrove.adaptors import Adaptors
 from kalmagrove.compression.build import compressed_model
 from kalmagrove.compression.direct import fit_directly
 from kalmagrove.compression.layerwise import LayerwiseFit
 from kalmagrove.compression.model import CompressedForCausalLM, to_dense
 from kalmagrove.compression.plan import Choice, Group
+from kalmagrove.compression.refit import RefitLength, refit
 from kalmagrove.compression.sites import find_matrices
 from kalmagrove.compression.statistics import Moments, gather_moments
 from kalmagrove.models.accounting import count_parameters
@@ -110,6 +112,29 @@ def test_factors_give_what_they_multiply_out_to_in_every_form(name: str, tmp_pat
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     texts = [m.generate(prompt, **options) for m in (loaded, dense)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_merged_adaptor_is_multiplied_out_too(name: str) -> None:
+    model, _ = compressed(name, 0.5)
+    adaptors = Adaptors(model)
+    for core in adaptors.add_adaptor("legal", 2).values():
+        core.data.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    adaptors.set_adaptor("legal")
+    expected = logits(model)
+    adaptors.merge()
+    assert torch.allclose(logits(to_dense(model)), expected, atol=1e-4)
+
+
+def test_a_refit_draws_nothing_but_its_order() -> None:
+    def refitted() -> tuple[PreTrainedModel, float]:
+        model, _ = compressed("gpt2", 0.5)
+        options = {"batch_size": 2, "seed": 0, "precision": "fp32"}
+        result = refit(model, dense_model("gpt2"), WINDOWS[:4], WINDOWS[4:], RefitLength(None, 400), **options)
+        return model, result.loss_after
+
+    (first, loss), (second, again) = refitted(), refitted()
+    assert loss == again and torch.equal(logits(first), logits(second))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "kalmagrove"])

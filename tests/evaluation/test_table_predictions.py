@@ -116,6 +116,22 @@ def test_a_text_is_written_to_its_end(learnt: LearntTable, rows: list[dict[int, 
     assert score_predictions(learnt.codec, learnt.place("note"), found, rows)["accuracy"] < 0.5
 
 
+def test_a_text_does_not_depend_on_the_rows_beside_it(
+    learnt: LearntTable, rows: list[dict[int, Value]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, flag = learnt.place("note"), learnt.place("flag")
+    long, short = rows[0], {flag: rows[1][flag]}
+    others = [own for own in long if own != place]
+    prompt = 2 + sum(len(learnt.codec.part(own, long[own]).tokens) for own in others)
+    monkeypatch.setattr(learnt.model.config, "max_position_embeddings", prompt + 1)
+    alone = predict_column(learnt.model, learnt.codec, [short], place, TERMS)
+    both = predict_column(learnt.model, learnt.codec, [long, short], place, TERMS)
+    assert isinstance(alone, list) and both[1] == alone[0] and len(both[0]) < len(alone[0])
+    monkeypatch.setattr(learnt.model.config, "max_position_embeddings", prompt)
+    with pytest.raises(KalmaGroveError, match="row 2 leaves no room in the model's context"):
+        predict_column(learnt.model, learnt.codec, [short, long], place, TERMS)
+
+
 def test_gaps_are_filled_and_agree_with_each_other(learnt: LearntTable) -> None:
     rows = [learnt.values(x="8.00"), learnt.values(side="low", y=None), {}]
     every = set(range(len(COLUMNS)))

@@ -29,7 +29,7 @@ def test_any_body_is_understood_or_refused(body: dict[str, Any], prompt: Any, me
     for parse, given_body in ((completion_of, body | {"prompt": prompt}), (chat_of, body | {"messages": messages})):
         read = parse_json(json.dumps(given_body, allow_nan=True).encode()) if _is_json(given_body) else given_body
         try:
-            wanted, _ = parse(read, most_tokens=50, seed=7)
+            wanted, _ = parse(read, most_tokens=50, next_seed=lambda: 7)
         except RequestError as error:
             assert 400 <= error.status < 500 and json.loads(json.dumps(error.to_dict()).encode())["error"]["message"]
             continue
@@ -44,13 +44,18 @@ def _is_json(body: Any) -> bool:
 
 
 def test_what_is_left_out_has_the_apis_own_defaults() -> None:
-    wanted, prompt = completion_of({"prompt": "a", "user": "me", "n": 1, "logprobs": None}, most_tokens=50, seed=7)
+    wanted, prompt = completion_of(
+        {"prompt": "a", "user": "me", "n": 1, "logprobs": None}, most_tokens=50, next_seed=lambda: 7
+    )
     sampling = wanted.sampling
     assert (prompt, wanted.model, wanted.stream) == ("a", None, False)
     assert (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (16, 1.0, 1.0, 7)
     messages = [{"role": "user", "content": "a"}]
-    assert chat_of({"messages": messages}, most_tokens=50, seed=7)[0].sampling.max_new_tokens == 50
-    assert completion_of({"prompt": "a", "max_tokens": 99}, most_tokens=50, seed=7)[0].sampling.max_new_tokens == 50
+    assert chat_of({"messages": messages}, most_tokens=50, next_seed=lambda: 7)[0].sampling.max_new_tokens == 50
+    assert (
+        completion_of({"prompt": "a", "max_tokens": 99}, most_tokens=50, next_seed=lambda: 7)[0].sampling.max_new_tokens
+        == 50
+    )
 
 
 def test_without_a_chat_template_a_conversation_is_refused() -> None:

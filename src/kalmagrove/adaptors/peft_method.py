@@ -90,7 +90,7 @@ class TaskCoreLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, r: int) -> None:
         """Adds an adapter whose core is zero."""
-        weight = dense_weight(self.base_layer)
+        weight = dense_weight(self.base_layer if self._unmerged_layer is None else self._unmerged_layer)
         if self.left.shape[1] < min(r, *weight.shape):
             self.left, self.right = singular_bases(weight, r)
         side = min(r, self.left.shape[1])

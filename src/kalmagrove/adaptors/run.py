@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kalmagrove.adaptors.adaptors import Adaptors
+from kalmagrove.adaptors.bases import Bases
 from kalmagrove.adaptors.fingerprint import model_fingerprint
 from kalmagrove.adaptors.gradients import text_bases
 from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptConfig, AdaptorOptions
@@ -23,11 +24,12 @@ from kalmagrove.models.convert import load_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.optim.build import remember_peak_rates
 from kalmagrove.optim.kalma import Kalma
-from kalmagrove.training.checkpoint import Checkpoint
+from kalmagrove.training.checkpoint import Checkpoint, latest_checkpoint, naming_checkpoint
 from kalmagrove.training.config import TrainConfig
 from kalmagrove.training.run import TrainingRun
+from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
-from kalmagrove.world import World
+from kalmagrove.world import ALONE, World
 
 
 def token_loss_sum(model: nn.Module, input_ids: Tensor, targets: Tensor) -> Tensor:
@@ -91,6 +93,12 @@ class AdaptedModel(nn.Module):
 class AdaptorRun(TrainingRun):
     """An adaptor in training: the base is loaded, frozen, and never saved again.
 
+    Args:
+        config: The run.
+        data: The domain's text in the base's tokens.
+        world: The processes that train together.
+        begun: A checkpoint of the same run, whose bases are taken; None looks for them in the text.
+
     Raises:
         UsageError: An option is for the training of a whole model, or the base does not fit the text or the context.
         KalmaGroveError: The base cannot be read, or is not the one that the configuration names.
@@ -99,6 +107,12 @@ class AdaptorRun(TrainingRun):
     config: AdaptConfig
     data: PackedText
     adaptors: Adaptors
+
+    def __init__(
+        self, config: AdaptConfig, data: PackedText, world: World = ALONE, *, begun: Checkpoint | None = None
+    ) -> None:
+        self._begun = begun
+        super().__init__(config, data, world)
 
     def _make_model(self) -> None:
         config, loop = self.config, self.config.loop
@@ -117,6 +131,12 @@ class AdaptorRun(TrainingRun):
     def _add_adaptor(self, options: AdaptorOptions) -> None:
         if options.bases == "weights":
             self.adaptors.add_adaptor(options.name, options.rank, core=options.core)
+        elif self._begun is not None:
+            # Looked for again on another machine, a layer might have other directions, and more or fewer of them.
+            with naming_checkpoint(self._begun.path):
+                self.adaptors.add_adaptor(
+                    options.name, core=options.core, bases=_bases_in(self._begun.model, self.adaptors.layers)
+                )
         else:
             model, loop = self.adaptors.model, self.config.loop
             count = -(-options.gradient_tokens // loop.tokens_per_step)
@@ -178,9 +198,21 @@ class AdaptorSession(TrainingSession):
 
     run: AdaptorRun
 
+    def __init__(
+        self,
+        config: AdaptConfig,
+        data: PackedText,
+        folder: Path,
+        *,
+        world: World = ALONE,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._begun = latest_checkpoint(RunFolder(folder).checkpoints_path)[0]
+        super().__init__(config, data, folder, world=world, warn=warn)
+
     def _make_run(self, config: TrainConfig, data: TrainingData, world: World) -> AdaptorRun:
         assert isinstance(config, AdaptConfig) and isinstance(data, PackedText)
-        return AdaptorRun(config, data, world)
+        return AdaptorRun(config, data, world, begun=self._begun)
 
     def export(self, scores: Mapping[str, Any] | None = None) -> Path:
         """Writes the adaptor."""
@@ -200,6 +232,11 @@ class AdaptorSession(TrainingSession):
         folder = self.folder.path / ADAPTOR_FOLDER
         save_adaptor(run.adaptors, config.adaptor.name, folder, facts=facts)
         return folder
+
+
+def _bases_in(state: Mapping[str, Tensor], layers: Iterable[str]) -> dict[str, Bases]:
+    """The bases among what :meth:`AdaptedModel.core_state` gave, in the order of the layers."""
+    return {layer: (state[f"{layer}.left"], state[f"{layer}.right"]) for layer in layers}
 
 
 def _check_fit(base: Any, data: PackedText, context_length: int) -> None:

@@ -78,6 +78,13 @@ def _check(options: Namespace) -> None:
         raise UsageError(f"--out: there is no folder {options.out.parent}; make it first")
 
 
+def _at_levels(pixels: np.ndarray, levels: int) -> np.ndarray:
+    """A file's pixels, from 0 to 255, in the levels that a model knows."""
+    import numpy as np
+
+    return np.rint(pixels * ((levels - 1) / 255)).astype(np.uint8)
+
+
 def _drawn(opened: ModalityModel, form: ImageFormat, options: Namespace) -> np.ndarray:
     """(images, height, width, channels); the draws of a label follow those of the label before it."""
     import numpy as np
@@ -90,7 +97,7 @@ def _drawn(opened: ModalityModel, form: ImageFormat, options: Namespace) -> np.n
         raise UsageError("--every_label: the model knows no labels; leave it out")
     begun, kept = None, 0
     if options.begin is not None:
-        begun = form.prepared(read_image(Path(options.begin)), options.begin)
+        begun = form.prepared(_at_levels(read_image(Path(options.begin)), form.levels), options.begin)
         kept = int(len(form.places) * options.kept)
     generator = torch.Generator().manual_seed(options.seed)
     batches = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,15 +87,18 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
         precision = choose_precision(options.precision, device)  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if device.type == "mps":
+        # Its factorisations need float64.
+        if options.device != "auto":
+            raise UsageError(f"--device {options.device} has no float64, which a compression needs; give --device cpu")
+        device = torch.device("cpu")
     source = open_source(options.source)
     dense = source.model.to(device)
     text = _read_text(options, source)
     matrices = find_matrices(dense)
     before = measure(dense, text.valid, dtype=source.dtype, precision=precision)
     check_reach(options, dense, matrices, before.perplexity)
-    out = options.out.resolve()
-    path = out.with_name(f"{out.name}.work")
-    with WorkFolder(path, _identity(options, source, text, precision)) as work:
+    with WorkFolder(options.work_path, _identity(options, source, text, precision)) as work:
         store = MomentStore(work, matrices)
         _gather(store, dense, text.train, options.seed, precision, progress)
         choices = make_plan(options, dense, store, text, precision, progress)
@@ -264,12 +268,13 @@ def _gather(
 
 
 def _write(model: CompressedForCausalLM, source: Source, options: CompressOptions, summary: CompressResult) -> None:
-    """Both folders appear at once and whole."""
-    if options.dense_out is not None:
-        with whole_folder(options.dense_out.resolve()) as temporary:
-            write_folder(to_dense(model), temporary)
-            save_tokenizer_of(source, temporary)
-    with whole_folder(options.out.resolve()) as temporary:
+    """Both folders appear whole, and only when both are."""
+    with ExitStack() as stack:
+        temporary = stack.enter_context(whole_folder(options.out.resolve()))
         write_folder(model, temporary)
         save_tokenizer_of(source, temporary)
         write_json_atomic(temporary / "compression.json", summary.to_dict())
+        if options.dense_out is not None:
+            temporary = stack.enter_context(whole_folder(options.dense_out.resolve()))
+            write_folder(to_dense(model), temporary)
+            save_tokenizer_of(source, temporary)

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.layers import CompactBasis, CompactLinear
+from kalmagrove.models.merging import dense_weight
 from kalmagrove.nn.grove import composed_weights
 
 
@@ -103,11 +104,11 @@ def to_dense(model: CompressedForCausalLM) -> PreTrainedModel:
         dense = new_model(copy.deepcopy(model.config.text_config))
     for name in factors:
         layer = model.decoder.get_submodule(name)
-        assert isinstance(layer, CompactLinear)
-        weight = layer.merged_weight()
+        # A merged adaptor has put a dense layer there.
+        weight = dense_weight(layer)
         is_transposed = isinstance(dense.get_submodule(name), Conv1D)
         weights[f"{name}.weight"] = (weight.T if is_transposed else weight).contiguous()
-        if layer.bias is not None:
+        if has_bias(layer):
             weights[f"{name}.bias"] = layer.bias.clone()
     dense = dense.to(device=reference.device, dtype=reference.dtype)
     dense.load_state_dict(weights, strict=True)

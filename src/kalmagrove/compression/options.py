@@ -68,5 +68,18 @@ class CompressOptions:
             raise UsageError(f"--batch_size must be at least 1, got {self.batch_size}")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed must be between 0 and 2**63, got {self.seed}")
-        if self.dense_out is not None and self.dense_out.resolve() == self.out.resolve():
-            raise UsageError("--dense_out and --out are the same folder; choose another one")
+        if self.rank == 1 and self.refit is not None:
+            raise UsageError("--refit needs matrices to train, and --rank 1 leaves none; give a larger rank")
+        if self.dense_out is not None:
+            out, dense = self.out.resolve(), self.dense_out.resolve()
+            if dense.is_relative_to(out) or dense.is_relative_to(self.work_path) or out.is_relative_to(dense):
+                raise UsageError(
+                    f"--dense_out {self.dense_out} and --out {self.out} are one folder, or one holds the other (or its "
+                    f"work, {self.work_path.name}); choose folders beside each other"
+                )
+
+    @property
+    def work_path(self) -> Path:
+        """Where what is done is kept until the output is whole."""
+        out = self.out.resolve()
+        return out.with_name(f"{out.name}.work")

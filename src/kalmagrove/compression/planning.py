@@ -117,15 +117,17 @@ def _search(
     progress: Callable[[str, float], None],
 ) -> list[Choice]:
     """The smallest model within the target, by bisection of the part that is kept."""
-    best = _plan_for(1.0, singles, dense, store)
-    low, high = smallest_part(dense, store.matrices), 1.0
-    for step in range(SEARCH_STEPS):
+    kept = store.work.read_json("search") or {"step": 0, "low": smallest_part(dense, store.matrices), "high": 1.0}
+    low, high = kept["low"], kept["high"]
+    best = _unpacked(kept["best"], store) if "best" in kept else _plan_for(1.0, singles, dense, store)
+    for step in range(kept["step"], SEARCH_STEPS):
         keep = (low + high) / 2
         choices = _plan_for(keep, singles, dense, store)
         if _perplexity_of(choices, dense, store, text, precision) <= target:
             best, high = choices, keep
         else:
             low = keep
+        store.work.write_json("search", {"step": step + 1, "low": low, "high": high, "best": _packed(best)})
         progress("searching the size", (step + 1) / SEARCH_STEPS)
     return best
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,20 @@ from kalmagrove.files import remove
 from kalmagrove.optim.build import build_optimizers, scale_learning_rates
 from kalmagrove.optim.kalma import Kalma
 from kalmagrove.precision import autocast
-from kalmagrove.training.checkpoint import latest_checkpoint, save_checkpoint
+from kalmagrove.training.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    naming_checkpoint,
+    save_checkpoint,
+)
 from kalmagrove.training.config import parse_count, parse_duration
 
 LEARNING_RATE = 1e-3
 HIDDEN_WEIGHT = 1.0
 WARMUP = 0.05
 EVALUATIONS = 10
+SAVE_EVERY = 600.0
+"""Seconds; a machine that is taken away more often than the validation windows are looked at loses no more."""
 GRADIENT_NORM = 1.0
 
 
@@ -60,14 +69,13 @@ def parse_refit(text: str) -> RefitLength:
     Raises:
         UsageError: It is neither.
     """
-    try:
-        return RefitLength(parse_duration(text), None)
-    except UsageError:
-        pass
-    try:
+    seconds, tokens = 0.0, 0
+    with suppress(UsageError):
+        seconds = parse_duration(text)
+    if seconds > 0:
+        return RefitLength(seconds, None)
+    with suppress(UsageError):
         tokens = parse_count(text)
-    except UsageError:
-        tokens = 0
     if tokens < 1:
         raise UsageError(f"--refit {text!r} is neither a duration (90s, 10m, 1h30m) nor tokens (2000000, 500k)")
     return RefitLength(None, tokens)
@@ -78,7 +86,7 @@ class _State:
     """Where a refit stands.
 
     Attributes:
-        terms: What it depends on beside the texts: length, batch size and seed.
+        terms: What it depends on beside the texts: length, batch size, seed and the weights that it began with.
         loss_before: Nats a token on the validation windows.
         best: The weights of the least loss so far.
         best_loss: Their loss.
@@ -126,8 +134,8 @@ def refit(
         batch_size: Windows of a step.
         seed: Of the order.
         precision: "bf16" or "fp32", of the products.
-        folder: Keeps what is done, at each look at ``valid``; the same call goes on from there, one of another length,
-            batch size or seed begins anew.
+        folder: Keeps what is done, at each look at ``valid`` and every ten minutes; the same call goes on from there,
+            one of another length, batch size, seed or start begins anew.
         progress: Called after each step with the part that is done.
 
     Raises:
@@ -136,12 +144,13 @@ def refit(
     """
     trained = _trained_parameters(model)
     (kalma,) = build_optimizers("kalma", model, lr=LEARNING_RATE, auxiliary_lr=LEARNING_RATE, weight_decay=0.0)
-    terms = {"length": asdict(length), "batch_size": batch_size, "seed": seed}
+    terms = {"length": asdict(length), "batch_size": batch_size, "seed": seed, "start": _digest(model)}
     state = None if folder is None else _kept_state(folder, terms, trained, kalma)
     if state is None:
         loss = loss_of(model, valid, precision)
         state = _State(terms, loss, [parameter.detach().clone() for parameter in trained], loss)
-    began = time.monotonic() - state.seconds
+    began, saved_at = time.monotonic() - state.seconds, time.monotonic()
+    _turn_dropout_off(model)
     model.train()
     for batch in itertools.islice(_batches(train[:, :-1], batch_size, seed), state.steps, None):
         done = _part_done(length, state)
@@ -160,9 +169,10 @@ def refit(
             now = loss_of(model, valid, precision)
             if math.isfinite(now) and now < state.best_loss:
                 state.best, state.best_loss = [parameter.detach().clone() for parameter in trained], now
-            state.seconds = _since(began)
-            if folder is not None:
-                _keep_state(folder, state, trained, kalma)
+            state.seconds, saved_at = _since(began), -math.inf
+        if folder is not None and _since(saved_at) >= SAVE_EVERY:
+            _keep_state(folder, state, trained, kalma)
+            saved_at = time.monotonic()
     with torch.no_grad():
         for parameter, kept in zip(trained, state.best, strict=True):
             parameter.copy_(kept)
@@ -171,6 +181,23 @@ def refit(
     model.eval()
     model.requires_grad_(True)
     return RefitResult(state.loss_before, state.best_loss, state.tokens, state.seconds)
+
+
+def _turn_dropout_off(model: PreTrainedModel) -> None:
+    """Nothing that a refit does is drawn but the order of its windows, so that one that was cut off can be repeated."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """SHA-256 of all weights and buffers."""
+    total = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        total.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def _since(began: float) -> float:
@@ -185,7 +212,7 @@ def _keep_state(folder: Path, state: _State, trained: list[nn.Parameter], optimi
         model={f"{kind}.{number}": own for kind, all_of in weights.items() for number, own in enumerate(all_of)},
         optimizer=optimizer.state_dict(),
         progress={field.name: getattr(state, field.name) for field in fields(state) if field.name != "best"},
-        keep_last=1,
+        keep_last=2,
     )
 
 
@@ -193,16 +220,21 @@ def _kept_state(
     folder: Path, terms: Mapping[str, Any], trained: list[nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> _State | None:
     """Puts a refit's kept weights and what its optimiser remembers in their places; None where there is no such one."""
-    checkpoint, _ = latest_checkpoint(folder) if folder.is_dir() else (None, [])
-    if checkpoint is None or checkpoint.progress["terms"] != terms:
-        remove(folder)
+    checkpoint, damaged = latest_checkpoint(folder)
+    if checkpoint is None:
+        if damaged:
+            raise CheckpointError(folder, f"none of its checkpoints is whole ({damaged[0]}); remove it to begin anew")
         return None
-    with torch.no_grad():
-        for number, parameter in enumerate(trained):
-            parameter.copy_(checkpoint.model[f"now.{number}"])
-    optimizer.load_state_dict(checkpoint.optimizer)
-    best = [checkpoint.model[f"best.{number}"].to(parameter.device) for number, parameter in enumerate(trained)]
-    return _State(best=best, **checkpoint.progress)
+    with naming_checkpoint(checkpoint.path):
+        if checkpoint.progress["terms"] != terms:
+            remove(folder)
+            return None
+        with torch.no_grad():
+            for number, parameter in enumerate(trained):
+                parameter.copy_(checkpoint.model[f"now.{number}"])
+        optimizer.load_state_dict(checkpoint.optimizer)
+        best = [checkpoint.model[f"best.{number}"].to(parameter.device) for number, parameter in enumerate(trained)]
+        return _State(best=best, **checkpoint.progress)
 
 
 def _trained_parameters(model: PreTrainedModel) -> list[nn.Parameter]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import fsync_file, remove, remove_abandoned, temporary_name, write_json_atomic
-from kalmagrove.locks import lock_folder, unlock
+from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 
 
 class WorkFolder:
@@ -34,6 +34,7 @@ class WorkFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
         self.path = path
+        _require_work_folder_or_empty(path)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = lock_folder(path, "Work folder")
         try:
@@ -122,6 +123,19 @@ class WorkFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_work_folder_or_empty(path: Path) -> None:
+    """What is not ours is neither used nor, at the end, removed."""
+    document = path / "identity.json"
+    if document.is_file() or not path.exists():
+        return
+    # A crash before the identity was in place leaves only a lock or a temporary file.
+    unfinished = (LOCK_NAME, f".{document.name}.tmp-")
+    if not path.is_dir() or any(not entry.name.startswith(unfinished) for entry in path.iterdir()):
+        raise UsageError(
+            f"{path} is in the way: a compression keeps its work there, and it is not one's; choose another --out"
+        )
 
 
 def fingerprint_of(files: list[Path]) -> str:

@@ -80,17 +80,21 @@ class Piece:
     finish: Literal["stop", "length"] | None = None
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it nothing is left to chance, and a quotient might not be finite."""
+
+
 def choose_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """Draws one token for each row of logits (batch, vocabulary); returns (batch,).
 
     Args:
         logits: Of the last position.
-        temperature: 0 takes the likeliest.
+        temperature: Below `LEAST_TEMPERATURE` the likeliest is taken.
         top_k: Only the k likeliest; 0 is all.
         top_p: Only the likeliest whose probabilities reach this sum; 1 is all.
         generator: Of the draw; on the CPU.
     """
-    if temperature == 0:
+    if temperature < LEAST_TEMPERATURE:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / temperature).softmax(dim=-1).cpu()
     values, order = probabilities.sort(dim=-1, descending=True)

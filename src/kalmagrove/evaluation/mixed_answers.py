@@ -11,7 +11,7 @@ from kalmagrove.data.mixed.codec import MixedCodec, open_mixed
 from kalmagrove.data.mixed.reading import MixedRow, Piece, iter_mixed
 from kalmagrove.data.part_sequences import sequences_of_parts
 from kalmagrove.data.tokenizer import end_of_text_id
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.modality_model import ModalityModel, Predictions
 from kalmagrove.modalities.modality import Modality
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
@@ -43,6 +43,8 @@ def predict_answers(opened: ModalityModel, data: str, *, max_new_tokens: int = 6
             rows.append({"place": row.place, "answer": answer} | ({} if wanted is None else {"wanted": wanted}))
             known += wanted is not None
             right += wanted is not None and answer.strip() == wanted.strip()
+    if not rows:
+        raise KalmaGroveError(f"{data} has no lines; give some to answer")
     return Predictions(rows, {"accuracy": right / known, "rows": known} if known else {})
 
 

@@ -87,14 +87,15 @@ def write_rows(rows: Sequence[dict[str, Any]], kind: str) -> str:
     """Rows as the text of a file.
 
     Args:
-        rows: At least one, all with the same names.
+        rows: At least one; what a row lacks of the others' names is empty.
         kind: .csv, where what is inside a cell gets a column of its own such as ``probabilities:yes``, or .jsonl.
     """
     if kind == ".jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     flat = [_flat(row) for row in rows]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in flat for name in row)
+    writer = csv.DictWriter(text, list(names), lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue()

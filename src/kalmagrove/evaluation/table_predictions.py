@@ -119,30 +119,44 @@ def _logits(model: KalmaGroveForCausalLM, hidden: Tensor) -> Tensor:
 def _texts(
     model: KalmaGroveForCausalLM, codec: TableCodec, rows: Sequence[Values], target: int, terms: PredictionTerms
 ) -> list[str]:
-    """The likeliest token at each step, by the mean of all orders, until the text ends or the context is full."""
+    """The likeliest token at each step, by the mean of all orders, until the text ends or the context is full.
+
+    Raises:
+        KalmaGroveError: The other cells of a row leave no room for it.
+    """
     special = set(codec.tokenizer.get_added_tokens_decoder()) - {codec.end_token}
     forbidden = torch.tensor(sorted(special), device=model.device)
-    found = []
+    found, limit = [], model.config.max_position_embeddings
     size = max(1, terms.batch_size // terms.orders)
     for first in range(0, len(rows), size):
         cells = [_cells(codec, row, target) for row in rows[first : first + size]]
-        sequences = [_sequence(codec, own, order, target) for order in _orders(codec, terms) for own in cells]
+        sequences = [[_sequence(codec, own, order, target) for order in _orders(codec, terms)] for own in cells]
         texts: list[list[int]] = [[] for _ in cells]
-        ended, is_first = [False] * len(cells), True
-        while not all(ended) and max(map(len, sequences)) < model.config.max_position_embeddings:
-            logits = _logits(model, _last_hidden(model, codec, sequences, terms))
+        # A row that has come to its end does not grow, and the length of one does not cut another.
+        growing = list(range(len(cells)))
+        full = next((number for number in growing if len(sequences[number][0]) >= limit), None)
+        if full is not None:
+            raise KalmaGroveError(
+                f"row {first + full + 1} leaves no room in the model's context of {limit} tokens for "
+                f"{codec.columns[target].name}; shorten its texts, or train with a larger loop.context_length"
+            )
+        while growing:
+            batch = [sequence for number in growing for sequence in sequences[number]]
+            logits = _logits(model, _last_hidden(model, codec, batch, terms))
             logits[:, forbidden] = -torch.inf
-            if is_first:
+            if not texts[growing[0]]:
                 # An empty text would be a missing value.
                 logits[:, codec.end_token] = -torch.inf
-            is_first = False
-            mean = logits.softmax(dim=-1).unflatten(0, (terms.orders, len(cells))).mean(dim=0)
-            for number, token in enumerate(mean.argmax(dim=-1).tolist()):
-                ended[number] |= token == codec.end_token
-                if not ended[number]:
-                    texts[number].append(token)
-            for place, sequence in enumerate(sequences):
-                sequence.add(texts[place % len(cells)][-1:])
+            mean = logits.softmax(dim=-1).unflatten(0, (len(growing), terms.orders)).mean(dim=1)
+            for number, token in zip(list(growing), mean.argmax(dim=-1).tolist(), strict=True):
+                if token == codec.end_token:
+                    growing.remove(number)
+                    continue
+                texts[number].append(token)
+                for sequence in sequences[number]:
+                    sequence.add([token])
+                if len(sequences[number][0]) >= limit:
+                    growing.remove(number)
         found += [codec.tokenizer.decode(text) for text in texts]
     return found
 

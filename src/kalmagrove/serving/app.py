@@ -99,7 +99,7 @@ async def _answer(
 ) -> Response:
     """The endpoint of both kinds of answers."""
     body = parse_json(await _read_body(request, service.limits.max_body))
-    wanted, content = parse(body, most_tokens=service.limits.max_tokens, seed=next(service.seeds))
+    wanted, content = parse(body, most_tokens=service.limits.max_tokens, next_seed=partial(next, service.seeds))
     # Tokens of a long text take a while, in which others are answered.
     name, job = await anyio.to_thread.run_sync(_job, service.served, wanted, content)
     form, began = form_of(name), time.monotonic()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kalmagrove.evaluation.generation import Sampling
@@ -49,29 +49,33 @@ def parse_json(content: bytes) -> dict[str, Any]:
     return body
 
 
-def completion_of(body: Mapping[str, Any], *, most_tokens: int, seed: int) -> tuple[Wanted, str | list[int]]:
+def completion_of(
+    body: Mapping[str, Any], *, most_tokens: int, next_seed: Callable[[], int]
+) -> tuple[Wanted, str | list[int]]:
     """What is asked of /v1/completions, and the prompt: a text or tokens.
 
     Args:
         body: The request.
         most_tokens: Of any answer.
-        seed: Where the request has none.
+        next_seed: Called where the request has none.
 
     Raises:
         RequestError: A field is wrong.
     """
     check_names(body, _COMMON | {"prompt"})
     tokens = whole_number(body, "max_tokens", TOKENS_OF_A_COMPLETION, 1, 1 << 40)
-    return _wanted(body, min(tokens, most_tokens), seed), _prompt(body.get("prompt"))
+    return _wanted(body, min(tokens, most_tokens), next_seed), _prompt(body.get("prompt"))
 
 
-def chat_of(body: Mapping[str, Any], *, most_tokens: int, seed: int) -> tuple[Wanted, list[dict[str, str]]]:
+def chat_of(
+    body: Mapping[str, Any], *, most_tokens: int, next_seed: Callable[[], int]
+) -> tuple[Wanted, list[dict[str, str]]]:
     """What is asked of /v1/chat/completions, and the messages: role and content of each.
 
     Args:
         body: The request.
         most_tokens: Of any answer.
-        seed: Where the request has none.
+        next_seed: Called where the request has none.
 
     Raises:
         RequestError: A field is wrong.
@@ -82,10 +86,10 @@ def chat_of(body: Mapping[str, Any], *, most_tokens: int, seed: int) -> tuple[Wa
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "a list of at least one message", messages)
-    return _wanted(body, min(tokens, most_tokens), seed), [_message(message) for message in messages]
+    return _wanted(body, min(tokens, most_tokens), next_seed), [_message(message) for message in messages]
 
 
-def _wanted(body: Mapping[str, Any], tokens: int, seed: int) -> Wanted:
+def _wanted(body: Mapping[str, Any], tokens: int, next_seed: Callable[[], int]) -> Wanted:
     model, options = body.get("model"), body.get("stream_options")
     if model is not None and not isinstance(model, str):
         raise wrong("model", "a text", model)
@@ -99,9 +103,12 @@ def _wanted(body: Mapping[str, Any], tokens: int, seed: int) -> Wanted:
         temperature=number(body, "temperature", 1.0, 0.0, 2.0),
         top_k=whole_number(body, "top_k", 0, 0, 1 << 40),
         top_p=top_p,
-        seed=whole_number(body, "seed", seed, 0, 2**63 - 1),
+        seed=0 if body.get("seed") is None else whole_number(body, "seed", 0, 0, 2**63 - 1),
         stop=stop_strings(body),
     )
+    if body.get("seed") is None:
+        # Only a request that is right takes one.
+        sampling = replace(sampling, seed=next_seed())
     return Wanted(model, sampling, flag(body, "stream"), flag(options or {}, "include_usage"))
 
 

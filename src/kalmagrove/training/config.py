@@ -41,6 +41,9 @@ _OF_MODALITY = {
     "mixed": ("patch_size", "scan", "image_size", "bins"),
 }
 
+_VOCABULARY_OF = {"image": "caption_vocab_size", "table": "text_vocab_size", "mixed": "vocab_size"}
+"""What their sources call the vocabulary of the texts in them."""
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -50,7 +53,8 @@ class DataConfig:
         source: A file, a folder, a Hub data set with its config (wikitext:wikitext-103-raw-v1), or a synthetic task
             whose best possible loss is known (synthetic:markov,states=64 or synthetic:recall,pairs=8). Left out: the
             built-in corpus, the source files of the running Python's standard library.
-        vocab_size: Vocabulary of the byte-level BPE that is trained on the training split.
+        vocab_size: Vocabulary of the byte-level BPE that is trained on the training split; that of a table's texts, of
+            captions and of mixed lines is 1,024 where none is given.
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
         seed: Divides documents into train, valid and test where the source has no splits.
         folder: Where packed token files are kept.
@@ -97,7 +101,10 @@ class DataConfig:
 
     def modality_options(self) -> dict[str, Any]:
         """What the source of examples takes, apart from where it is."""
-        return {name: getattr(self, name) for name in _OF_MODALITY.get(self.modality, ())}
+        options = {name: getattr(self, name) for name in _OF_MODALITY.get(self.modality, ())}
+        if self.modality != "text" and self.vocab_size != type(self).vocab_size:
+            options[_VOCABULARY_OF[self.modality]] = self.vocab_size
+        return options
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from kalmagrove.data.example_store import PackedExamples, prepare_examples
+from kalmagrove.data.images.fitting import fit_to
 from kalmagrove.data.images.format import ImageFormat
 from kalmagrove.data.images.parts import FEATURE, caption_part, image_part, label_part
 from kalmagrove.data.images.patches import to_patches
@@ -66,6 +67,25 @@ def test_images_are_divided_by_their_content_once_each(tmp_path: Path) -> None:
     assert all(sorted(patches_of(again, split)) == sorted(per_split[split]) for split in SPLITS)
     other = source_of(tmp_path / "a.npz", seed=1)
     assert sorted(patches_of(other, "test")) != sorted(per_split["test"])
+
+
+def test_all_captions_of_an_image_are_kept_and_in_one_split(tmp_path: Path) -> None:
+    images = DRAW(0, 17, (30, 8, 8)).astype(np.uint8) * 10
+    lines = []
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+        captions = [f"caption {n} of {number}" for n in range(5)]
+        lines += [{"image": f"{number}.png", "caption": caption} for caption in [*captions, captions[0]]]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = source_of(tmp_path / "list.jsonl")
+    per_split = {split: patches_of(found, split) for split in SPLITS}
+    assert sum(map(len, per_split.values())) == 150
+    assert sum(len(set(patches)) for patches in per_split.values()) == 30
+
+
+def test_an_image_that_is_made_smaller_keeps_within_its_levels() -> None:
+    sharp = np.kron(DRAW(0, 2, (8, 8)) * 16, np.ones((3, 3)))[:, :, None].astype(np.uint8)
+    assert set(np.unique(fit_to(sharp, 10, 10))) <= set(range(17))
 
 
 def test_given_splits_stay_and_a_missing_one_is_taken_out_of_train(tmp_path: Path) -> None:

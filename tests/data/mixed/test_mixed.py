@@ -18,6 +18,7 @@ from kalmagrove.data.mixed.reading import iter_mixed, split_mixed
 from kalmagrove.data.mixed.source import mixed_source
 from kalmagrove.data.part_sequences import sequences_of_parts
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.evaluation.table_files import write_rows
 from kalmagrove.modalities.registry import make_modality
 
 
@@ -135,3 +136,23 @@ def test_what_the_model_never_saw_is_refused(tmp_path: Path) -> None:
     (row,) = iter_mixed(write_lines(tmp_path / "y.jsonl", [line]))
     with pytest.raises(KalmaGroveError, match="trained without any"):
         codec.parts(row, row.pieces)
+
+
+def test_all_lines_about_one_image_are_in_one_split(tmp_path: Path) -> None:
+    generator = np.random.Generator(np.random.PCG64(0))
+    found = []
+    for number in range(40):
+        (tmp_path / f"scene{number}").mkdir()
+        image_line(tmp_path / f"scene{number}", 0, generator)
+        image = {"image": f"scene{number}/images/0.png"}
+        found += [{"parts": [image, {"text": text}]} for text in ("how bright?", "how dark?")]
+    places: dict[str, set[str]] = {}
+    for split, row in split_mixed(str(write_lines(tmp_path / "x.jsonl", found)), seed=0):
+        places.setdefault(row.pieces[0].image_name, set()).add(split)
+    assert len(places) == 40 and all(len(splits) == 1 for splits in places.values())
+    assert set.union(*places.values()) == {"train", "valid", "test"}
+
+
+def test_answers_of_some_lines_alone_can_be_written() -> None:
+    rows = [{"place": "1", "answer": "a"}, {"place": "2", "answer": "b", "wanted": "c"}]
+    assert write_rows(rows, ".csv") == "place,answer,wanted\n1,a,\n2,b,c\n"

@@ -99,6 +99,14 @@ def test_a_row_that_does_not_fit_is_named(codec: TableCodec, cells: dict[str, Ce
         codec.read(row_of(cells))
 
 
+@pytest.mark.parametrize("written", [("True", "False"), ("true", "false"), ("TRUE", "FALSE")])
+def test_a_truth_value_is_one_however_it_is_written(written: tuple[str, str]) -> None:
+    column = CategoryColumn("flag", False, written)
+    for values in (("True", "False"), ("true", "false"), ("TRUE", "FALSE"), (True, False)):
+        assert [column.read(value) for value in values] == [0, 1]
+    assert CategoryColumn("size", False, ("true", "small")).read("TRUE") is None
+
+
 def test_a_truth_value_is_no_number(codec: TableCodec) -> None:
     with pytest.raises(KalmaGroveError, match="True is no number"):
         codec.read(row_of({"size": True}, typed=True))

@@ -117,3 +117,9 @@ def test_a_scale_that_cannot_be_is_refused(change: dict[str, object], message: s
     NumberScale(**sound)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         NumberScale(**{**sound, **change})  # type: ignore[arg-type]
+
+
+def test_a_frequent_value_is_not_put_together_with_a_rare_one() -> None:
+    scale = make_scale([-999.0, *[0.0] * 25, *np.linspace(1, 100, 974)], bins=64)
+    own = scale.lows.index(0.0)
+    assert scale.highs[own] == scale.means[own] == 0.0 and scale.lows[own - 1] == scale.highs[own - 1] == -999.0

@@ -26,7 +26,7 @@ def parse_size(text: str) -> tuple[int, int]:
 def fit_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     """An image of at least a size, scaled to cover it and cut to it in the middle; (height, width, channels), uint8.
 
-    One that has the size already is left as it is; others are resampled by Lanczos' filter.
+    One that has the size already is left as it is; others are resampled by Lanczos' filter, within their own levels.
     """
     own_height, own_width, channels = pixels.shape
     if (own_height, own_width) == (height, width):
@@ -40,4 +40,5 @@ def fit_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
     box = (left, top, min(own_width, left + width * scale), min(own_height, top + height * scale))
     image = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
     resized = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(resized).reshape(height, width, channels)
+    # The filter swings beyond the levels at an edge.
+    return np.asarray(resized).reshape(height, width, channels).clip(pixels.min(), pixels.max())

@@ -80,6 +80,7 @@ class _Found:
     labels: array[int] = field(default_factory=lambda: array("i"))
     captioned: bytearray = field(default_factory=bytearray)
     digests: list[bytes] = field(default_factory=list)
+    contents: list[bytes] = field(default_factory=list)
     label_places: dict[str, int] = field(default_factory=dict)
     label_names: list[str] = field(default_factory=list)
     content: Any = field(default_factory=hashlib.sha256)
@@ -97,6 +98,7 @@ class _Found:
         self.labels.append(self._label_place(picture))
         self.digests.append(hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes(), digest_size=16).digest())
         described = [self.digests[-1].hex(), picture.label, picture.caption]
+        self.contents.append(hashlib.blake2b(json.dumps(described).encode(), digest_size=16).digest())
         self.content.update(json.dumps(described).encode())
         return pixels.nbytes
 
@@ -122,8 +124,8 @@ def survey_pictures(
 ) -> Survey:
     """Reads every image once.
 
-    Images that come without splits are divided by a seeded hash of their pixels, after exact duplicates are left out. A
-    split that a source lacks is taken out of train; the others stay as they are.
+    Images that come without splits are divided by a seeded hash of their pixels, after exact duplicates, with the same
+    label and caption, are left out. A split that a source lacks is taken out of train; the others stay as they are.
 
     Args:
         found: Of `find_pictures`.
@@ -143,7 +145,7 @@ def survey_pictures(
             read += seen.add(picture, is_fitted=size is not None)
             progress("reading", read)
         counts[name] = len(seen.digests) - before
-    places = _divide(seen.digests, counts, source, seed)
+    places = _divide(seen, counts, source, seed)
     in_train = places == SPLITS.index("train")
     if seen.shape is None or not in_train.any():
         raise KalmaGroveError(f"{source} holds no image to train on; give some")
@@ -175,20 +177,22 @@ def _check_size(pixels: np.ndarray, name: str, shape: tuple[int, int], first: st
         )
 
 
-def _divide(digests: list[bytes], counts: Mapping[str, int], source: str, seed: int) -> np.ndarray:
+def _divide(seen: _Found, counts: Mapping[str, int], source: str, seed: int) -> np.ndarray:
     """The split of every image, as its place among the names of splits; duplicates are in none."""
+    digests = seen.digests
     held_out = {split: share for split, share in HELD_OUT.items() if split not in counts}
     places = np.concatenate([np.full(n, SPLITS.index(s if s in SPLITS else "train")) for s, n in counts.items()])
     divided = np.arange(counts.get(UNDIVIDED, counts.get("train", 0)))
     if UNDIVIDED in counts:
-        firsts = {digest: place for place, digest in reversed(list(enumerate(digests)))}
+        firsts = {content: place for place, content in reversed(list(enumerate(seen.contents)))}
         divided = np.array(sorted(firsts.values()), dtype=int)
         places[:] = _LEFT_OUT
     if not held_out:
         return places
-    if len(divided) <= len(held_out):
+    different = len({digests[place] for place in divided})
+    if different <= len(held_out):
         raise KalmaGroveError(
-            f"{source} holds {len(divided)} different images, too few for {', '.join(('train', *held_out))}; give more"
+            f"{source} holds {different} different images, too few for {', '.join(('train', *held_out))}; give more"
         )
     texts = [digests[place].hex() for place in divided]
     places[divided] = [SPLITS.index(split) for split in filled_splits(texts, Division(held_out, seed))]

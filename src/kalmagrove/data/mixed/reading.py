@@ -40,6 +40,7 @@ class Piece:
     kind: Literal["text", "image", "row"]
     text: str = ""
     image: Path | None = None
+    image_name: str = ""
     row: Row | None = None
     is_learnt: bool = True
 
@@ -57,12 +58,11 @@ class MixedRow:
     pieces: tuple[Piece, ...]
 
     def content(self) -> str:
-        """The same text for equal lines: what divides them into splits."""
-        shown = [
-            [piece.kind, piece.text, piece.image and piece.image.name, piece.row and piece.row.content()]
-            for piece in self.pieces
-        ]
-        return json.dumps(shown)
+        """The same text for equal lines, and for all lines about the same images: what divides them into splits."""
+        images = [piece.image_name for piece in self.pieces if piece.image is not None]
+        return json.dumps(
+            images or [[piece.kind, piece.text, piece.row and piece.row.content()] for piece in self.pieces]
+        )
 
 
 def split_mixed(source: str, *, seed: int) -> Iterator[tuple[str, MixedRow]]:
@@ -156,5 +156,5 @@ def _piece(part: dict[str, Any], path: Path, number: int, place: str, *, usual: 
     if not isinstance(value, str) or not value or not is_unicode(value):
         raise KalmaGroveError(f'"{kinds[0]}" of {place} is no text; mend or remove that part')
     if kinds == ["image"]:
-        return Piece("image", image=path_below(path.parent, value, place), is_learnt=is_learnt)
+        return Piece("image", image=path_below(path.parent, value, place), image_name=value, is_learnt=is_learnt)
     return Piece("text", text=value, is_learnt=is_learnt)

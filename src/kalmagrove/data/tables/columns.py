@@ -99,11 +99,16 @@ class CategoryColumn:
     def _places(self) -> dict[str, int]:
         return {value: place for place, value in enumerate(self.values)}
 
+    @cached_property
+    def _truth_values(self) -> dict[str, int]:
+        """By small letters: one tool writes True, another true or TRUE."""
+        places = {value.lower(): place for value, place in self._places.items()}
+        return places if len(places) == len(self.values) and places.keys() <= {"true", "false"} else {}
+
     def read(self, cell: Cell) -> int | None:
         """Which of the values a cell is; None is one that no training row had."""
         text = cell_text(cell).strip()
-        # Other tools write truth values with a capital letter.
-        return self._places.get(text, self._places.get(text.lower()) if text in ("True", "False") else None)
+        return self._places.get(text, self._truth_values.get(text.lower()))
 
     def show(self, value: int) -> str:
         """A value as the column writes it."""
@@ -218,7 +223,7 @@ def _format_from_json(value: Any) -> DateFormat:
         _typed(options["zone"], str, "zone"),
     )
     # A format that cannot be read back is none.
-    if parse_date(form.show(0.0)) is None or not -1 <= form.digits <= 6:
+    if not -1 <= form.digits <= 6 or parse_date(form.show(0.0)) is None:
         raise ValueError(f"there is no format of dates with {options}")
     return form
 

@@ -125,13 +125,15 @@ def make_scale(values: Sequence[float] | np.ndarray, *, bins: int) -> NumberScal
 def _bins_of(counts: np.ndarray, bins: int) -> np.ndarray:
     """The bin of each different value, (values,): consecutive values whose counts come to an equal share."""
     groups = np.empty(len(counts), dtype=np.int64)
-    group, inside, left, free = 0, 0, int(counts.sum()), bins
+    group, inside, left, free, is_full = 0, 0, int(counts.sum()), bins, False
     for place, count in enumerate(counts.tolist()):
         share = left / max(1, free)
-        # A bin is closed where the value would lead further beyond the share than its lack leads below it.
-        if inside and free > 1 and inside + count / 2 > share:
+        # A bin is closed where the value would lead further beyond the share than its lack leads below it, and on both
+        # sides of a value that fills one.
+        if inside and free > 1 and (is_full or count >= share or inside + count / 2 > share):
             group, left, free, inside = group + 1, left - inside, free - 1, 0
         groups[place] = group
+        is_full = count >= share
         inside += count
     return groups
 
