@@ -35,6 +35,7 @@ from kalmagrove.models.convert import as_decoder, load_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.merging import merge
 from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.optim.build import keep_state
 from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_precision
 from kalmagrove.report.statistics import Interval, mean_interval
@@ -50,8 +51,9 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 DOMAINS = ("biomedical", "legal", "technical")
 SCORED_TOKENS, GRADIENT_TOKENS, WARMUP_PART = 65536, 65536, 0.1
 CPU = torch.device("cpu")
-RATES = {"full": 1e-3, "lora": 7e-3, "xs": 3e-2, "core": 4e-3, "dense": 2e-3}
-METHODS = ("full-0", "lora-1", "lora-4", "lora-8", "lora-16", "core-12", "core-64", "core-128", "dense-7", "xs-14")
+ROUNDS = 4
+RATES = {"full": 1e-3, "lora": 7e-3, "xs": 3e-2, "core": 4e-3, "rounds": 2e-3, "dense": 2e-3}
+METHODS = ("full-0", "lora-1", "lora-4", "lora-16", "core-12", "core-128", "rounds-8", "rounds-32", "xs-14")
 
 Record = dict[str, Any]
 
@@ -61,8 +63,9 @@ class Job:
     """One adaptation.
 
     Attributes:
-        method: full-0, or a rank behind lora, core (diagonal, the gradient's bases), dense (the same bases) or xs
-            (dense, the weights' bases: LoRA-XS).
+        method: full-0, or a rank behind lora, core (diagonal, the gradient's bases), rounds (the same, so many more
+            in each of four parts of the training), dense (the gradient's bases) or xs (dense, the weights' bases:
+            LoRA-XS).
         domain: Folder of the shared texts.
         lr_scale: Multiplies the method's usual rate.
         seed: Of the order of the data and of LoRA's first factor.
@@ -110,8 +113,11 @@ def adapt(job: Job, base: Path, data: dict[str, Path]) -> Record:
     model = merge(as_decoder(load_model(base))).requires_grad_(False)
     before = losses(job, model, opened)
     began = time.monotonic()
-    parameters = trained_parameters(job, model, opened[job.domain])
-    train_parameters(job, model, parameters, opened[job.domain])
+    if job.method.startswith("rounds"):
+        parameters = train_in_rounds(job, model, opened[job.domain])
+    else:
+        parameters = trained_parameters(job, model, opened[job.domain])
+        train_steps(job, model, optimizer_of(job, parameters), opened[job.domain], range(job.steps))
     seconds = time.monotonic() - began
     after = losses(job, model, opened)
     lost = not all(map(math.isfinite, after.values()))
@@ -170,19 +176,47 @@ def loss_sum(model: KalmaGroveForCausalLM, tokens: Tensor) -> Tensor:
     return model.token_loss_sum(tokens[:, :-1], tokens[:, 1:])
 
 
-def train_parameters(job: Job, model: KalmaGroveForCausalLM, parameters: list[nn.Parameter], data: PackedText) -> None:
-    """AdamW with a linear schedule, the same for every method."""
+def optimizer_of(job: Job, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW at the method's rate, the same for every method."""
     peak = RATES[job.method.split("-")[0]] * job.lr_scale
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
-    for step, tokens in enumerate(job.batches(data, range(job.steps))):
-        factor = learning_rate_factor("linear", step, job.steps, round(WARMUP_PART * job.steps))
-        optimizer.param_groups[0]["lr"] = peak * factor
+    return torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def train_steps(
+    job: Job, model: KalmaGroveForCausalLM, optimizer: torch.optim.AdamW, data: PackedText, steps: range
+) -> None:
+    """Some steps of a run whose schedule is linear over all of them."""
+    (group,) = optimizer.param_groups
+    peak = RATES[job.method.split("-")[0]] * job.lr_scale
+    for step, tokens in zip(steps, job.batches(data, steps), strict=True):
+        group["lr"] = peak * learning_rate_factor("linear", step, job.steps, round(WARMUP_PART * job.steps))
         with autocast(choose_precision("auto", CPU), CPU):
             loss = loss_sum(model, tokens)
         (loss / tokens[:, 1:].numel()).backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def train_in_rounds(job: Job, model: KalmaGroveForCausalLM, data: PackedText) -> list[nn.Parameter]:
+    """Cores that gain directions before each part of the training, found in that part's own tokens."""
+    adaptors, rank = Adaptors(model), int(job.method.split("-")[1])
+    most = -(-GRADIENT_TOKENS // (job.batch_size * job.context_length))
+    optimizer: torch.optim.AdamW | None = None
+    for number in range(ROUNDS):
+        steps = range(number * job.steps // ROUNDS, (number + 1) * job.steps // ROUNDS)
+        batches = job.batches(data, steps[:most])
+        bases = text_bases(model, adaptors.layers, batches, partial(loss_sum, model), rank)
+        if optimizer is None:
+            cores = adaptors.add_adaptor(job.method, core="diagonal", bases=bases)
+            adaptors.set_adaptor(job.method)
+            optimizer = optimizer_of(job, list(cores.values()))
+        else:
+            former, cores = optimizer, adaptors.extend_adaptor(job.method, bases)
+            optimizer = optimizer_of(job, list(cores.values()))
+            keep_state(former, optimizer, extends=True)
+        train_steps(job, model, optimizer, data, steps)
+    return list(cores.values())
 
 
 def describe(record: Record) -> str:

@@ -58,6 +58,48 @@ def test_a_resumed_run_takes_its_bases_from_the_checkpoint(
     assert all(torch.equal(state[name], tensor) for name, tensor in found.items())
 
 
+@pytest.mark.parametrize("stop", [5, 10, 12])
+def test_an_adaptor_grows_in_rounds_and_a_resumed_one_is_the_unbroken_one(
+    stop: int, base: BaseConfig, packed: PackedText, tmp_path: Path
+) -> None:
+    config = config_of(base, tokens=20 * 32)
+    options = replace(config.adaptor, bases="gradient", core="diagonal", gradient_tokens=64, rounds=4)
+    config = replace(config, adaptor=options)
+
+    def trained(folder: Path, last: int = 20) -> AdaptorSession:
+        session = AdaptorSession(config, packed, folder)
+        losses.extend(session.advance().loss for _ in range(session.run.step, last))
+        if last < 20:
+            session.save()
+        session.close()
+        return session
+
+    losses: list[float] = []
+    unbroken = trained(tmp_path / "whole")
+    expected, losses = losses, []
+    first = trained(tmp_path / "cut", stop)
+    resumed = trained(tmp_path / "cut")
+    assert losses == expected
+    found, wanted = (session.run.state()["model"] for session in (resumed, unbroken))
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    sizes = [sum(len(core) for core in s.run.adaptors.cores("legal").values()) for s in (first, unbroken)]
+    assert sizes[1] >= 4 * 2 * len(unbroken.run.adaptors.layers) > 0 and sizes[0] < sizes[1]
+
+
+def test_new_directions_change_nothing_until_they_are_trained(base: BaseConfig, packed: PackedText) -> None:
+    config = config_of(base)
+    options = replace(config.adaptor, bases="gradient", core="diagonal", gradient_tokens=64)
+    run = AdaptorRun(replace(config, adaptor=options), packed)
+    run.train_step()
+    tokens = run.batch(5)
+    before = run.model(tokens).logits
+    run.adaptors.extend_adaptor("legal", run._gradient_bases(1))
+    assert torch.allclose(run.model(tokens).logits, before, atol=1e-6)
+    dense = AdaptorRun(replace(config, adaptor=replace(options, core="dense")), packed)
+    with pytest.raises(UsageError, match="needs diagonal cores between bases of its own"):
+        dense.adaptors.extend_adaptor("legal", dense._gradient_bases(1))
+
+
 @pytest.mark.parametrize(
     "option", [{"compile": True}, {"grow_rank": {1: 4}}, {"gradient_metrics": True}, {"activation_checkpointing": True}]
 )

@@ -126,6 +126,36 @@ class Adaptors:
         self._adaptors[name] = _Adaptor(cores, None if bases is None else dict(bases))
         return cores
 
+    def extend_adaptor(self, name: str, bases: Mapping[str, Bases]) -> Cores:
+        """Gives an adaptor with diagonal cores more directions, whose numbers are zero: it stays the same function.
+
+        Args:
+            name: Of the adaptor.
+            bases: U and V^T of the new directions of every layer, as from `text_bases` at the adapted model.
+
+        Returns:
+            Its cores, new parameters: the old numbers, and the zeros behind them.
+
+        Raises:
+            UsageError: There is no adaptor of that name, it has no bases of its own or dense cores, or one is merged.
+            KalmaGroveError: The bases are of other layers or sizes.
+        """
+        self._check_not_merged()
+        own, cores = self.own_bases(name), self.cores(name)
+        if own is None or any(core.ndim > 1 for core in cores.values()):
+            raise UsageError(f"adaptor {name!r} cannot be extended: it needs diagonal cores between bases of its own")
+        self._check_bases(bases)
+        longer = {
+            layer: nn.Parameter(torch.cat((core.detach(), core.new_zeros(len(bases[layer][1])))))
+            for layer, core in cores.items()
+        }
+        joined = {
+            layer: (torch.cat((left, bases[layer][0]), dim=1), torch.cat((right, bases[layer][1])))
+            for layer, (left, right) in own.items()
+        }
+        self._adaptors[name] = _Adaptor(longer, joined)
+        return longer
+
     def add_weighted_adaptor(self, name: str, weights: Mapping[str, float]) -> Cores:
         """Adds an adaptor that is a weighted sum of others, of any ranks and forms.
 

@@ -36,7 +36,9 @@ class AdaptorOptions:
         core: "diagonal" learns a number for each direction, "dense" one for each pair of them.
         bases: "gradient": the directions in which the text pulls at the frozen model, which the adaptor's file keeps;
             "weights": the singular directions of the model's own matrices, which any copy of it knows.
-        gradient_tokens: Read before the training to find the gradient's directions.
+        gradient_tokens: Read before each round to find the gradient's directions.
+        rounds: Parts of the training, each of which begins with ``rank`` more directions: where the text pulls at what
+            was learned so far.
     """
 
     name: str
@@ -44,13 +46,16 @@ class AdaptorOptions:
     core: Literal["diagonal", "dense"] = "diagonal"
     bases: Literal["gradient", "weights"] = "gradient"
     gradient_tokens: int = 65536
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         check_name(self.name)
         for name, choices in (("core", ("diagonal", "dense")), ("bases", ("gradient", "weights"))):
             if getattr(self, name) not in choices:
                 raise UsageError(f"--{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("rank", "gradient_tokens"):
+        if self.rounds > 1 and (self.core, self.bases) != ("diagonal", "gradient"):
+            raise UsageError("--rounds needs --core diagonal and --bases gradient")
+        for name in ("rank", "gradient_tokens", "rounds"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name} must be at least 1, got {getattr(self, name)}")
 

@@ -22,7 +22,7 @@ from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import load_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.optim.build import remember_peak_rates
+from kalmagrove.optim.build import keep_state, remember_peak_rates
 from kalmagrove.optim.kalma import Kalma
 from kalmagrove.training.checkpoint import Checkpoint, latest_checkpoint, naming_checkpoint
 from kalmagrove.training.config import TrainConfig
@@ -138,18 +138,35 @@ class AdaptorRun(TrainingRun):
                     options.name, core=options.core, bases=_bases_in(self._begun.model, self.adaptors.layers)
                 )
         else:
-            model, loop = self.adaptors.model, self.config.loop
-            count = -(-options.gradient_tokens // loop.tokens_per_step)
-            # The run's own batches, counted from its end, so that they are none of its first.
-            steps = range(loop.total_steps, loop.total_steps + count)
-            rows = loop.micro_batch_size or loop.batch_size
-            batches = (batch for step in steps if isinstance(batch := self.batch(step), Tensor))
-            parts = (part.to(self.device) for batch in batches for part in batch.split(rows))
-            bases = text_bases(model, self.adaptors.layers, parts, partial(_loss_sum, model), options.rank)
-            self.adaptors.add_adaptor(options.name, core=options.core, bases=bases)
+            self.adaptors.add_adaptor(options.name, core=options.core, bases=self._gradient_bases(0))
+
+    def _gradient_bases(self, number: int) -> dict[str, Bases]:
+        """The directions of a round, of which the first has the number 0."""
+        options, model, loop = self.config.adaptor, self.adaptors.model, self.config.loop
+        count = -(-options.gradient_tokens // loop.tokens_per_step)
+        # The run's own batches, counted from its end, so that they are none of its first.
+        first = loop.total_steps + number * count
+        rows = loop.micro_batch_size or loop.batch_size
+        batches = (batch for step in range(first, first + count) if isinstance(batch := self.batch(step), Tensor))
+        parts = (part.to(self.device) for batch in batches for part in batch.split(rows))
+        return text_bases(model, self.adaptors.layers, parts, partial(_loss_sum, model), options.rank)
 
     def _check_growth(self) -> None:
         """A base does not grow."""
+
+    def _grow_where_planned(self) -> None:
+        """A new round's directions; what was learned, and what the optimiser remembers of it, stays."""
+        options, former = self.config.adaptor, self.optimizers
+        number = next(
+            (n for n in range(1, options.rounds) if self.step == n * self.total_steps // options.rounds), None
+        )
+        if number is None:
+            return
+        self.adaptors.extend_adaptor(options.name, self._gradient_bases(number))
+        self.model = AdaptedModel(self.adaptors, options.name).train()
+        self._prepare_for_training()
+        for old, new in zip(former, self.optimizers, strict=True):
+            keep_state(old, new, extends=True)
 
     def _build_optimizers(self) -> list[torch.optim.Optimizer]:
         optim, cores = self.config.optim, list(self._adapted.cores)

@@ -57,6 +57,12 @@ def make_adapt_parser() -> ArgumentParser:
         "--gradient_tokens", type=int, default=AdaptorOptions.gradient_tokens, help="read to find the gradient's bases"
     )
     parser.add_argument(
+        "--rounds",
+        type=int,
+        default=AdaptorOptions.rounds,
+        help="parts of the training, each with rank more directions",
+    )
+    parser.add_argument(
         "--out", type=Path, default=None, help="the run folder; left out: adaptors/NAME in the model's folder"
     )
     parser.add_argument("--data_folder", type=str, default=DataConfig.folder, help="where packed text is kept")
@@ -73,7 +79,9 @@ def run(words: Sequence[str]) -> None:
     """Trains one adaptor into a run folder."""
     parser = make_adapt_parser()
     options = build(parser, parse(parser, words, SHORT))
-    adaptor = AdaptorOptions(options.name, options.rank, options.core, options.bases, options.gradient_tokens)
+    adaptor = AdaptorOptions(
+        options.name, options.rank, options.core, options.bases, options.gradient_tokens, options.rounds
+    )
     from kalmagrove.adaptors.adapting import adapt
     from kalmagrove.adaptors.fingerprint import model_fingerprint
     from kalmagrove.adaptors.opening import default_run_folder

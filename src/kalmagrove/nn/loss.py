@@ -21,7 +21,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, needs_gradient: bool) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         hidden_gradient = torch.empty_like(hidden) if needs_gradient else None
-        weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        # A frozen head, as under an adaptor, needs none: a third of the products here.
+        weight_gradient = None
+        if needs_gradient and ctx.needs_input_grad[1]:
+            weight_gradient = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for start in range(0, hidden.shape[0], ROWS):
             rows, goal = hidden[start : start + ROWS], targets[start : start + ROWS, None]
             logits = torch.mm(rows, weight.T)
@@ -34,16 +37,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 slope, nats = _slope(logits, goal)
             total += nats
             torch.mm(slope, weight, out=hidden_gradient[start : start + ROWS])
-            weight_gradient += torch.mm(slope.T, rows)
+            if weight_gradient is not None:
+                weight_gradient += torch.mm(slope.T, rows)
         if needs_gradient:
             ctx.save_for_backward(hidden_gradient, weight_gradient)
         return total
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * slope.to(hidden_gradient.dtype), weight_gradient * slope, None, None
+        of_weight = None if weight_gradient is None else weight_gradient * slope
+        return hidden_gradient * slope.to(hidden_gradient.dtype), of_weight, None, None
 
 
 def _nats(logits: Tensor, goal: Tensor) -> Tensor:

@@ -97,19 +97,32 @@ def _adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.op
     return torch.optim.AdamW(plain_groups(groups), betas=betas, fused=devices <= {"cpu", "cuda"})
 
 
-def keep_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+def keep_state(old: torch.optim.Optimizer, new: torch.optim.Optimizer, *, extends: bool = False) -> None:
     """Gives an optimiser what another one remembers of the parameters in its place, where their shapes are the same.
 
-    For a model some of whose parameters have been made larger: those begin anew.
+    Args:
+        old: Of the former parameters.
+        new: Of those in their place, some of which are larger.
+        extends: Whether larger vectors are the former ones with zeros behind them, which goes for what is remembered
+            of them too; else larger parameters begin anew.
     """
     parameters = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in (old, new)]
     saved = old.state_dict()
     for index, (before, after) in enumerate(zip(*parameters, strict=True)):
-        if before.shape != after.shape:
-            saved["state"].pop(index, None)
+        if before.shape == after.shape:
+            continue
+        of_one = saved["state"].pop(index, None)
+        if extends and of_one is not None:
+            saved["state"][index] = {name: _extended(value, before, after) for name, value in of_one.items()}
     if isinstance(old, Kalma):
         old.detach()
     new.load_state_dict(saved)
+
+
+def _extended(value: Any, before: torch.Tensor, after: torch.Tensor) -> Any:
+    if not isinstance(value, torch.Tensor) or value.shape != before.shape:
+        return value
+    return torch.cat((value, value.new_zeros(len(after) - len(before))))
 
 
 def plain_groups(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -155,6 +155,12 @@ class TrainingRun:
         """(step, rank) in the order of the steps."""
         return sorted((self.config.loop.grow_rank or {}).items())
 
+    def _grow_where_planned(self) -> None:
+        """What the model gains before this step."""
+        planned = self.config.loop.grow_rank
+        if planned and self.step in planned:
+            self._grow(self.step, planned[self.step])
+
     def _grow(self, step: int, rank: int) -> None:
         """A larger rank; parameters of unchanged shape keep their optimiser state."""
         grow_rank(self.model, rank, seed=self.config.loop.seed + step)
@@ -223,8 +229,7 @@ class TrainingRun:
         loop, optim = self.config.loop, self.config.optim
         synchronize(self.device)
         started = time.perf_counter()
-        if loop.grow_rank and self.step in loop.grow_rank:
-            self._grow(self.step, loop.grow_rank[self.step])
+        self._grow_where_planned()
         factor = learning_rate_factor(
             optim.schedule, self.step, self.total_steps, round(optim.warmup_part * self.total_steps)
         )
