@@ -290,7 +290,7 @@ def recall_table(records: Sequence[Record]) -> str:
         for bound in bounds:
             shares = [r["by_distance_below"][bound]["accuracy"] for r in recalls if bound in r["by_distance_below"]]
             cells.append(f"{mean_interval(shares).mean:.1%}" if shares else "")
-        whole = _shown(mean_interval([100 * recall["accuracy"] for recall in recalls]), digits=1)
+        whole = _shown(mean_interval([100 * recall["accuracy"] for recall in recalls]), digits=1, within=(0.0, 100.0))
         lines.append(f"| {context} | {name} | {whole} % | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -364,8 +364,8 @@ def _without_machine(record: Record) -> Record:
     return {name: value for name, value in record.items() if name != "environment"}
 
 
-def _shown(interval: Interval, digits: int = 4) -> str:
-    bounds = interval.bounds
+def _shown(interval: Interval, digits: int = 4, within: tuple[float, float] = (-math.inf, math.inf)) -> str:
+    bounds = interval.bounds and [min(within[1], max(within[0], bound)) for bound in interval.bounds]
     spread = "" if bounds is None else f" ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
     return f"{interval.mean:.{digits}f}{spread}"
 
