@@ -15,6 +15,7 @@ from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.report.results import Results
+from kalmagrove.training import config as training_config
 from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConfig
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder
@@ -145,9 +146,29 @@ def test_short_trials_choose_the_rate_of_longer_runs(packed: PackedText, tmp_pat
         assert RunFolder(folder / f"lr-x{model['lr_scale']:g}" / "seed-0").read_metrics()[-1]["step"] == STEPS
 
 
+def test_the_baseline_is_given_a_better_rate_at_full_length(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(training_config._DEFAULT_LR, "adamw", 3e-4)
+    conf = config(seeds="0,3", recheck_baseline=True)
+    results = run(tmp_path / "demo", packed, conf)
+    (llama,) = (model for model in results["models"] if model["name"] == "llama-tiny")
+    tried = {trial["lr_scale"]: trial["valid_loss"] for trial in results["recheck"]["trials"]}
+    assert results["recheck"]["model"] == results["baseline"] == "llama-tiny" and {0.5, 1.0, 2.0} <= set(tried)
+    assert llama["lr_scale"] == min(tried, key=lambda scale: tried[scale]) > 1
+    assert [Path(own["folder"]).parts[1] for own in llama["runs"]] == [f"lr-x{llama['lr_scale']:g}"] * 2
+    assert all(own["test"] is not None for own in llama["runs"])
+    # The first seed of the baseline ran by itself.
+    assert len(results["paired_time"][0]["ratios"]) == 1
+    assert "llama-tiny again at full length: validation loss x" in (tmp_path / "demo" / "table.md").read_text()
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
+    assert run(tmp_path / "demo", packed, conf) == results
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"recheck_baseline": True, "budget": "10m"}, "leave it or the budget out"),
         ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
         ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
         ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),

@@ -75,6 +75,7 @@ def collect_results(
         },
         "seeds": seeds,
         "trials": config.trials,
+        "recheck": plan.get("recheck"),
         "environment": environment,
         "baseline": baseline,
         "candidate": _candidate(contestants, baseline),
@@ -189,13 +190,14 @@ def _ratios(
 ) -> list[float]:
     """Time of ten steps over the baseline's for the same steps of the same seed, which ran right beside them.
 
-    A trial that became a final run stood beside those of its own round, so with other rates that seed is left out.
+    A trial that became a final run stood beside those of its own round, so with other rates that seed is left out; and
+    so it is where the baseline was trained again by itself.
     """
     pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
     scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
     ratios: list[float] = []
     for seed in config.seed_list():
-        if seed == config.seed_list()[0] and scales[0] != scales[1] and _has_long_trials(config, int(plan["steps"])):
+        if seed == config.seed_list()[0] and _first_seed_is_apart(config, plan, scales):
             continue
         own, theirs = (_step_seconds(folder, c, scale, seed) for c, scale in zip(pair, scales, strict=True))
         common = own.keys() & theirs.keys()
@@ -204,8 +206,11 @@ def _ratios(
     return ratios
 
 
-def _has_long_trials(config: CompareConfig, steps: int) -> bool:
-    return config.trials > 1 and config.trial_steps(steps) == steps
+def _first_seed_is_apart(config: CompareConfig, plan: dict[str, Any], scales: list[float]) -> bool:
+    steps, recheck = int(plan["steps"]), plan.get("recheck")
+    if recheck is not None and plan["scales"][recheck["model"]] != recheck["chosen_before"]:
+        return True
+    return config.trials > 1 and config.trial_steps(steps) == steps and scales[0] != scales[1]
 
 
 def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:

@@ -67,7 +67,11 @@ def compare(
         _tune(config, data, folder, plan, say)
         for seed in config.seed_list():
             _final_runs(config, data, folder, plan, seed, say)
-            _write(config, data, folder, plan, command)
+            results = _write(config, data, folder, plan, command)
+            if config.recheck_baseline and "recheck" not in plan.values:
+                _recheck(config, data, folder, plan, results, say)
+                _final_runs(config, data, folder, plan, seed, say)
+                _write(config, data, folder, plan, command)
         _measure_memory(config, data, plan, say)
         return _write(config, data, folder, plan, command)
 
@@ -136,6 +140,43 @@ def _try(
         for name, session in sessions.items():
             loss = evaluate_run(session.run, ("valid",))["valid"]["loss"] if session.run.done else None
             losses[name].append({"lr_scale": scales[name], "valid_loss": loss})
+
+
+def _recheck(
+    config: CompareConfig,
+    data: TrainingData,
+    folder: Path,
+    plan: _Plan,
+    results: Mapping[str, Any],
+    say: Say,
+) -> None:
+    """The baseline beside its rate, in runs as long as the final ones, until the best lies inside.
+
+    Trials may have been shorter, and what we are compared with shall not stand at a rate that is not its best.
+    """
+    name, seed = results["baseline"], config.seed_list()[0]
+    chosen = float(plan.values["scales"][name])
+    (first,) = (model["runs"][0] for model in results["models"] if model["name"] == name)
+    losses = {chosen: first["valid"]["loss"] if first["valid"] else math.inf}
+    for _ in range(MOST_FURTHER_TRIALS):
+        best = min(losses, key=lambda scale: losses[scale])
+        beside = [scale for scale in (best / 2, best * 2) if scale not in losses]
+        for scale in beside:
+            with _sessions(config, data, folder, plan, {name: scale}, seed, say) as sessions:
+                _train_together(sessions, f"{name} again, learning rate x{scale:g}")
+                run = sessions[name].run
+                loss = evaluate_run(run, ("valid",))["valid"]["loss"] if run.done else math.inf
+                losses[scale] = loss if math.isfinite(loss) else math.inf
+        if not beside:
+            break
+    best = min(losses, key=lambda scale: losses[scale])
+    if best != chosen:
+        say(f"{name}: x{best:g} of its learning rate is better at full length than x{chosen:g}")
+    trials = [
+        {"lr_scale": scale, "valid_loss": loss if math.isfinite(loss) else None} for scale, loss in losses.items()
+    ]
+    recheck = {"model": name, "chosen_before": chosen, "trials": trials}
+    plan.update(recheck=recheck, scales=plan.values["scales"] | {name: best})
 
 
 def _rank_of_trial(trial: dict[str, Any]) -> float:

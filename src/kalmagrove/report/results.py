@@ -98,6 +98,21 @@ class LearningRateTrial:
 
 
 @dataclass(frozen=True)
+class Recheck:
+    """The baseline trained beside its rate by runs as long as the final ones.
+
+    Attributes:
+        model: Its name.
+        chosen_before: The factor that the trials had chosen.
+        trials: All that were tried at full length.
+    """
+
+    model: str
+    chosen_before: float
+    trials: tuple[LearningRateTrial, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """One contestant: its configuration, its costs and its runs.
 
@@ -197,6 +212,7 @@ class Results:
         trials: Learning-rate trials a side; 1 is the preset's default, not tuned.
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
+        recheck: Of the baseline's learning rate at full length; None where none was asked for.
     """
 
     format: int
@@ -212,6 +228,7 @@ class Results:
     candidate: str
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
+    recheck: Recheck | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], where: str = FILE_NAME) -> Results:
