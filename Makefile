@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUDGET ?= 9m
 
-.PHONY: demo test lint types unit soak bench docs report clean
+.PHONY: demo test lint types unit soak bench wheel docs report clean
 
 demo: .venv/.installed
 	$(BIN)/python -m kalmagrove compare --budget $(BUDGET) --out runs/demo
@@ -30,6 +30,16 @@ soak: .venv/.installed-dev
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py
 
+# The wheel in an environment that has nothing else, away from the source.
+wheel: .venv/bin/python
+	rm -rf dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv dist/venv
+	dist/venv/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt dist/*.whl
+	cd dist && venv/bin/kalmagrove train --preset kalmagrove-nano --tokens 20k --loop.context_length 64 --out run \
+		&& venv/bin/kalmagrove generate run "import " --max_new_tokens 8 \
+		&& venv/bin/kalmagrove reproduce --scale laptop --dry_run && echo "the wheel works"
+
 docs: .venv/.installed-dev
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
@@ -50,4 +60,4 @@ report: .venv/.installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv dist runs/demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
