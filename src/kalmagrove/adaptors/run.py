@@ -157,10 +157,9 @@ class AdaptorRun(TrainingRun):
     def _grow_where_planned(self) -> None:
         """A new round's directions; what was learned, and what the optimiser remembers of it, stays."""
         options, former = self.config.adaptor, self.optimizers
-        number = next(
-            (n for n in range(1, options.rounds) if self.step == n * self.total_steps // options.rounds), None
-        )
-        if number is None:
+        rounds = options.number_of_rounds
+        number = next((n for n in range(1, rounds) if self.step == n * self.total_steps // rounds), None)
+        if number is None or self.step == 0:
             return
         self.adaptors.extend_adaptor(options.name, self._gradient_bases(number))
         self.model = AdaptedModel(self.adaptors, options.name).train()

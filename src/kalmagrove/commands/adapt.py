@@ -60,7 +60,7 @@ def make_adapt_parser() -> ArgumentParser:
         "--rounds",
         type=int,
         default=AdaptorOptions.rounds,
-        help="parts of the training, each with rank more directions",
+        help="parts of the training, each with rank more directions; left out: 4, or 1 where cores cannot grow",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="the run folder; left out: adaptors/NAME in the model's folder"
