@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,16 @@ class Cut(Exception):
     """Ends a compression in the middle."""
 
 
+def cut_at(stage: str, part: float) -> Callable[[str, float], None]:
+    """Cuts a compression off when more than a part of a stage is done."""
+
+    def cut(now: str, done: float) -> None:
+        if now == stage and done > part:
+            raise Cut
+
+    return cut
+
+
 @pytest.mark.parametrize(("out", "dense_out"), [("small", "small/dense"), ("a/small", "a"), ("small", "small.work/x")])
 def test_outputs_inside_each_other_are_refused(out: str, dense_out: str, options: CompressOptions) -> None:
     folder = options.out.parent
@@ -124,12 +135,8 @@ def test_a_compression_that_was_cut_off_goes_on_to_the_same_bytes(stage: str, op
     compress(options)
     unbroken = replace(options, out=options.out.with_name("again"))
 
-    def cut(now: str, done: float) -> None:
-        if now == stage and done > 0.5:
-            raise Cut
-
     with pytest.raises(Cut):
-        compress(unbroken, cut)
+        compress(unbroken, cut_at(stage, 0.5))
     work = unbroken.out.with_name("again.work")
     assert not unbroken.out.exists() and work.is_dir()
     kept = sorted(path.name for path in work.iterdir())
@@ -169,12 +176,8 @@ def test_a_refit_that_was_cut_off_goes_on_to_the_same_bytes(options: CompressOpt
     compress(options)
     again = replace(options, out=options.out.with_name("again"))
 
-    def cut(now: str, done: float) -> None:
-        if now == "refitting" and done > 0.55:
-            raise Cut
-
     with pytest.raises(Cut):
-        compress(again, cut)
+        compress(again, cut_at("refitting", 0.55))
     seen: list[float] = []
     result = compress(again, lambda now, done: seen.append(done) if now == "refitting" else None)
     assert 0.3 < seen[0] < 0.65 and result.refit is not None and 4000 <= result.refit.tokens < 4200
@@ -184,12 +187,8 @@ def test_a_refit_that_was_cut_off_goes_on_to_the_same_bytes(options: CompressOpt
 def test_a_damaged_refit_is_named_and_kept(options: CompressOptions) -> None:
     options = replace(options, keep=0.5, refit="2000")
 
-    def cut(now: str, done: float) -> None:
-        if now == "refitting" and done > 0.35:
-            raise Cut
-
     with pytest.raises(Cut):
-        compress(options, cut)
+        compress(options, cut_at("refitting", 0.35))
     kept = list(options.work_path.glob("refit/*/model.safetensors"))
     for path in kept:
         path.write_bytes(path.read_bytes()[:-1])
@@ -201,12 +200,8 @@ def test_a_damaged_refit_is_named_and_kept(options: CompressOptions) -> None:
 def test_a_refit_of_another_length_begins_anew(options: CompressOptions) -> None:
     options = replace(options, keep=0.5, refit="4000")
 
-    def cut(now: str, done: float) -> None:
-        if now == "refitting" and done > 0.55:
-            raise Cut
-
     with pytest.raises(Cut):
-        compress(options, cut)
+        compress(options, cut_at("refitting", 0.55))
     seen: list[float] = []
     compress(replace(options, refit="2000"), lambda now, done: seen.append(done) if now == "refitting" else None)
     assert seen[0] < 0.2

@@ -9,7 +9,7 @@ from kalmagrove.adaptors.naming import check_name
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import TrainConfig
 
-DEFAULT_RATES = {"gradient": 1e-3, "weights": 1e-2}
+DEFAULT_RATES = {"gradient": 5e-4, "weights": 1e-2}
 """Peak learning rates of the cores by their bases, whose lengths differ."""
 
 
