@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,11 +17,12 @@ TITLES = {
     "linear": "logistic or ridge regression",
 }
 SHOWN = {"log_loss": "log loss", "accuracy": "accuracy", "auc": "AUC", "rmse": "RMSE", "mae": "MAE", "r2": "R2"}
+WITHIN = {"log_loss": (0.0, math.inf), "accuracy": (0.0, 1.0), "auc": (0.0, 1.0)}
+"""What an interval cannot leave."""
 HEADING = """# Tables: any column from any others, against trees
 
     python benchmarks/tables.py
     python benchmarks/tables.py --page docs/results/tables.md
-
 """
 MARK = re.compile(r"(<!-- table (?P<task>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -43,7 +45,7 @@ def task_table(records: Sequence[Record]) -> str:
     for method, own in by_method.items():
         if not own:
             continue
-        cells = [_shown(mean_interval([record["test"][name] for record in own])) for name in scores]
+        cells = [_shown(mean_interval([record["test"][name] for record in own]), WITHIN.get(name)) for name in scores]
         apart = [record["test"][chief] - trees[record["fold"]] for record in own if record["fold"] in trees]
         difference = _shown(mean_interval(apart)) if apart and method != "trees" else ""
         size = f"{own[0]['parameters']:,}" if "parameters" in own[0] else ""
@@ -70,8 +72,9 @@ def fill(text: str, records: Sequence[Record]) -> str:
     return MARK.sub(table, text)
 
 
-def _shown(interval: Interval) -> str:
+def _shown(interval: Interval, within: tuple[float, float] | None = None) -> str:
+    low, high = within or (-math.inf, math.inf)
     digits = 4 if abs(interval.mean) < 10 else 1
-    bounds = interval.bounds
+    bounds = interval.bounds and [min(high, max(low, bound)) for bound in interval.bounds]
     spread = "" if bounds is None else f" ({bounds[0]:.{digits}f} to {bounds[1]:.{digits}f})"
     return f"{interval.mean:.{digits}f}{spread}"
