@@ -149,6 +149,7 @@ def make_results() -> Callable[..., Record]:
             "candidate": "ours",
             "models": [model("llama", 2000, llama), *rivals, model("ours", 1000, ours)],
             "paired_time": [{"model": "ours", "baseline": "llama", "ratios": list(time_ratios)}],
+            "recheck": None,
         }
 
     return make
