@@ -6,13 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from kalmagrove.training.config import further_trial
+from kalmagrove.training.config import MOST_FURTHER_TRIALS, further_trial
 
 Job = TypeVar("Job")
 Key = TypeVar("Key")
 Record = dict[str, Any]
-
-MOST_FURTHER = 4
 
 
 def tune(
@@ -27,7 +25,7 @@ def tune(
         run_all: Runs jobs and returns their records in order.
         trials: Makes the job of each key from a factor.
         loss_of: What is made small, of the validation part; infinity or NaN where a run diverged.
-        first: Factors that everyone tries; a best one at the edge is followed by up to `MOST_FURTHER` others.
+        first: Factors that everyone tries; a best one at the edge is followed by up to `MOST_FURTHER_TRIALS` others.
     """
     losses: dict[Key, dict[float, float]] = {key: {} for key in trials}
 
@@ -37,7 +35,7 @@ def tune(
             losses[key][factor] = math.inf if math.isnan(loss) else loss
 
     attempt([(key, factor) for key in trials for factor in first])
-    for _ in range(MOST_FURTHER):
+    for _ in range(MOST_FURTHER_TRIALS):
         found = {key: further_trial(tried) for key, tried in losses.items()}
         further = [(key, factor) for key, factor in found.items() if factor is not None]
         if not further:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -214,21 +214,9 @@ class AdaptorSession(TrainingSession):
 
     run: AdaptorRun
 
-    def __init__(
-        self,
-        config: AdaptConfig,
-        data: PackedText,
-        folder: Path,
-        *,
-        world: World = ALONE,
-        warn: Callable[[str], None] = lambda _: None,
-    ) -> None:
-        self._begun = latest_checkpoint(RunFolder(folder).checkpoints_path)[0]
-        super().__init__(config, data, folder, world=world, warn=warn)
-
-    def _make_run(self, config: TrainConfig, data: TrainingData, world: World) -> AdaptorRun:
+    def _make_run(self, config: TrainConfig, data: TrainingData, folder: Path, world: World) -> AdaptorRun:
         assert isinstance(config, AdaptConfig) and isinstance(data, PackedText)
-        return AdaptorRun(config, data, world, begun=self._begun)
+        return AdaptorRun(config, data, world, begun=latest_checkpoint(RunFolder(folder).checkpoints_path)[0])
 
     def export(self, scores: Mapping[str, Any] | None = None) -> Path:
         """Writes the adaptor."""

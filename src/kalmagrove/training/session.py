@@ -59,7 +59,7 @@ class TrainingSession:
         # Wrong options are found before anything is written.
         check_tracker(config.track)
         check_energy(config.energy)
-        self.run, self.world = self._make_run(config, data, world), world
+        self.run, self.world = self._make_run(config, data, folder, world), world
         self.folder = (
             open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config))
             if world.is_first
@@ -83,7 +83,7 @@ class TrainingSession:
             self.folder.release()
             raise
 
-    def _make_run(self, config: TrainConfig, data: TrainingData, world: World) -> TrainingRun:
+    def _make_run(self, config: TrainConfig, data: TrainingData, folder: Path, world: World) -> TrainingRun:
         return TrainingRun(config, data, world)
 
     def _resume(self, warn: Callable[[str], None]) -> None:
