@@ -140,6 +140,19 @@ def test_a_copy_of_the_source_with_another_time_is_the_same_text(packed: PackedT
     assert (packed.folder / "manifest.json").read_bytes() == manifest
 
 
+def test_a_copy_of_the_source_in_another_folder_is_the_same_text(
+    packed: PackedText, source: str, tmp_path: Path
+) -> None:
+    copy = tmp_path / "elsewhere" / Path(source).name
+    copy.parent.mkdir()
+    shutil.copyfile(source, copy)
+    os.utime(copy, ns=(0, 1))
+    assert prepare(str(copy), packed.folder, vocab_size=270) == packed
+    copy.write_bytes(copy.read_bytes().replace(b"a", b"e", 1))
+    with pytest.raises(KalmaGroveError, match=r"packed was prepared with other content of \S*elsewhere"):
+        prepare(str(copy), packed.folder, vocab_size=270)
+
+
 def test_a_changed_tokenizer_file_is_noticed(packed: PackedText, source: str, tmp_path: Path) -> None:
     copy = tmp_path / "own.json"
     shutil.copy(packed.folder / "tokenizer.json", copy)

@@ -307,7 +307,7 @@ def _reuse(folder: Path, inputs: dict[str, Any]) -> PackedText:
     # The same files may be reached by another path, so the fingerprint decides about the source.
     if "source" in differing and "source_fingerprint" not in differing:
         differing.remove("source")
-    if differing == ["source_fingerprint"] and _has_same_content(folder, inputs):
+    if differing and {"source", "source_fingerprint"}.issuperset(differing) and _has_same_content(folder, inputs):
         return packed
     if not differing:
         return packed
