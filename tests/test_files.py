@@ -3,13 +3,15 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
+from kalmagrove.files import finite_or_null, temporary_name, whole_folder, write_json_atomic, write_text_atomic
 
 
 def test_text_replaces_the_old_content_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -73,3 +75,20 @@ def test_finite_or_null_does_not_change_its_argument() -> None:
     value = {"losses": [math.nan, 2.0]}
     assert finite_or_null(value) == {"losses": [None, 2.0]}
     assert math.isnan(value["losses"][0])
+
+
+def test_a_folder_appears_whole_and_what_a_dead_process_left_goes(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    path = tmp_path / "model"
+    left = temporary_name(path).with_name(temporary_name(path).name.replace(str(os.getpid()), str(process.pid)))
+    left.mkdir()
+    (left / "half").write_text("written")
+    with whole_folder(path) as temporary:
+        (temporary / "a").write_text("a")
+        assert not path.exists()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(RuntimeError), whole_folder(path) as temporary:
+        (temporary / "b").write_text("b")
+        raise RuntimeError
+    assert [entry.name for entry in path.iterdir()] == ["a"] and [e.name for e in tmp_path.iterdir()] == ["model"]

@@ -120,17 +120,19 @@ def rename_over(prepared: Path, path: Path, *, aside: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes its name when the context ends without an error, and else goes.
+    """An empty temporary folder to fill, which takes its name when the context ends without an error, and else goes.
 
     Args:
-        path: The name; a folder, a file or nothing may have it.
+        path: The name; a folder, a file or nothing may have it, but the folder around it must exist.
 
     Raises:
-        OSError: The folder could not be renamed or did not reach the disk.
+        OSError: The folder could not be made or renamed, or did not reach the disk.
     """
+    remove_abandoned(path)
     temporary = temporary_name(path)
     remove(temporary)
     try:
+        temporary.mkdir()
         yield temporary
         replace_folder(temporary, path)
     finally:

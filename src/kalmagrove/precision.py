@@ -29,9 +29,9 @@ def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch
     except RuntimeError as error:
         raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
+        raise ValueError(f"device {name!r} is not on this machine; use device auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name!r} is not on this machine; use --device auto or cpu")
+        raise ValueError(f"device {name!r} is not on this machine; use device auto or cpu")
     if device.type == "cuda" and device.index is None:
         return _cuda(local_rank)
     return device

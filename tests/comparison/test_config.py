@@ -47,9 +47,32 @@ def test_without_a_budget_the_tokens_decide(packed: PackedText) -> None:
     assert planned_steps(config, packed, say=print) == 20
 
 
-@pytest.mark.parametrize(("text", "count"), [("500k", 500_000), ("2.5m", 2_500_000), ("1b", 10**9), ("12_000", 12000)])
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("500k", 500_000),
+        ("2.5m", 2_500_000),
+        ("1b", 10**9),
+        ("12_000", 12000),
+        ("4.02k", 4020),
+        ("8.12m", 8_120_000),
+        ("1e6", 10**6),
+    ],
+)
 def test_counts(text: str, count: int) -> None:
     assert parse_count(text) == count
+
+
+def test_more_tokens_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(UsageError, match="'1e400' is more than"):
+        parse_count("1e400")
+
+
+def test_a_vocabulary_that_is_asked_for_is_given_whatever_is_usual() -> None:
+    table = DataConfig("t.csv", modality="table", vocab_size=4096)
+    assert table.modality_options()["text_vocab_size"] == 4096
+    assert DataConfig("t.csv", modality="table").modality_options()["text_vocab_size"] == 1024
+    assert DataConfig().vocab_size == 4096
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1h30m", 5400), ("0.5h", 1800)])

@@ -62,6 +62,24 @@ def test_train_then_eval_generate_and_info(trained: Path, text_file: Path, capsy
     assert json.loads(out)["parameters"]["total"] == result["parameters"]["total"]
 
 
+def test_a_run_s_own_text_is_divided_as_it_was_for_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, folder = tmp_path / "lines.jsonl", tmp_path / "run"
+    words = [f"the river number {n} runs past the mill {n * n} times a year and comes to the sea" for n in range(400)]
+    text.write_text("".join(json.dumps({"text": f"{line}. " * (1 + n % 3)}) + "\n" for n, line in enumerate(words)))
+    given = ["train", "--data", str(text), "--data.seed", "7", "--tokens", "2k", "--out", str(folder), *SMALL]
+    assert answer(capsys, *given)[0] == 0
+    result = json.loads((folder / "result.json").read_text())
+    scored = ["eval", str(folder), "--data", str(text), "--split", "test", "--precision", result["precision"]]
+    tokens = [
+        json.loads(answer(capsys, *scored, *seed, "--device", "cpu", "--json")[1])["tokens"]
+        for seed in ([], ["--data_seed", "7"], ["--data_seed", "0"])
+    ]
+    assert tokens[0] == tokens[1] == result["test"]["tokens"] != tokens[2]
+    assert answer(capsys, "eval", str(folder), "--data", str(text), "--data_seed", "7")[0] == 2
+
+
 def test_greedy_generation_is_the_argmax_of_the_model(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

@@ -8,7 +8,7 @@ from kalmagrove.errors import UsageError
 from kalmagrove.models.accounting import build_empty, count_parameters
 from kalmagrove.models.build import model_config
 from kalmagrove.models.config import KalmaGroveConfig
-from kalmagrove.models.presets import SIZES, preset_names, split_preset
+from kalmagrove.models.presets import SIZES, preset_names, preset_options, split_preset
 
 
 @pytest.mark.parametrize(
@@ -117,3 +117,9 @@ def test_full_attention_instead_of_arnolds_keeps_the_heads() -> None:
     assert full.num_attention_heads == ours.num_attention_heads
     llama = model_config("llama-small", {"attention": "full"})
     assert llama.num_attention_heads == model_config("llama-small").num_attention_heads
+
+
+def test_heads_of_full_attention_are_not_taken_for_arnolds() -> None:
+    with pytest.raises(UsageError, match="kalmagrove-mini has Arnold's groups of heads"):
+        preset_options("kalmagrove-mini", {"num_attention_heads": 8})
+    assert preset_options("kalmagrove-mini", {"num_attention_heads": 8, "attention": "full"})["resolutions"] is None

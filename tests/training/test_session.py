@@ -16,8 +16,10 @@ from kalmagrove.data.packing import PackedText, prepare
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.convert import load_model
 from kalmagrove.training.checkpoint import load_checkpoint
-from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
+from kalmagrove.training.checkpoint_model import train_config_of
+from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig, plain_options
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.trainer import train
 
@@ -406,6 +408,13 @@ def test_a_rank_grows_in_training_and_a_resumed_run_is_still_the_unbroken_one(
         assert first + rest == losses
         assert all(torch.equal(resumed[name], tensor) for name, tensor in weights.items())
     assert {tensor.shape for name, tensor in weights.items() if name.endswith(".core")} == {(12, 12)}
+
+
+def test_the_configuration_of_a_growing_run_is_read_as_it_was(packed: PackedText, tmp_path: Path) -> None:
+    conf = growing("adamw")
+    TrainingSession(conf, packed, tmp_path).close()
+    read = train_config_of(RunFolder(tmp_path))
+    assert read.loop.grow_rank == GROWTH and plain_options(read) == plain_options(conf)
 
 
 def test_growing_does_not_disturb_the_state_of_other_parameters(packed: PackedText) -> None:

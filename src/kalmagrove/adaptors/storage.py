@@ -94,7 +94,6 @@ def save_adaptor(adaptors: Adaptors, name: str, folder: Path, *, facts: Mapping[
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as temporary:
-        temporary.mkdir()
         (temporary / CORES).write_bytes(content)
         fsync_file(temporary / CORES)
         write_json_atomic(temporary / DESCRIPTION, description)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.adaptors.options import AdaptConfig, AdaptorOptions, BaseConfig
+from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptConfig, AdaptorOptions, BaseConfig
 from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
 from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, TrackerName
 
@@ -24,14 +24,14 @@ NOT_OF_AN_ADAPTOR = {
     *("auxiliary_lr", "core_lr", "damping", "refresh_every"),
     *("activation_checkpointing", "compile", "gradient_metrics", "grow_rank", "parallel"),
 }
-EXAMPLES = """\
+EXAMPLES = f"""\
   kalmagrove adapt runs/book --data law/ --name legal
   kalmagrove generate runs/book "The tenant" --adaptor legal
   kalmagrove adapt runs/book --data medicine.txt --name medical --rank 32 --tokens 4m
   kalmagrove adapt path/to/a/hugging-face-folder --data law/ --name legal --out runs/legal
 
---tokens, --seed and --lr are short for --loop.tokens, --loop.seed and --optim.lr, which left out is 3e-3 between the
-gradient's bases and 1e-2 between the weights'.
+--tokens, --seed and --lr are short for --loop.tokens, --loop.seed and --optim.lr, which left out is
+{DEFAULT_RATES["gradient"]:g} between the gradient's bases and {DEFAULT_RATES["weights"]:g} between the weights'.
 The same command in the same folder goes on where it stopped."""
 
 

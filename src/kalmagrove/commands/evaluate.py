@@ -17,7 +17,7 @@ EXAMPLES = """\
   kalmagrove eval path/to/a/hugging-face-folder --data texts/ --context_length 1024 --stride 512
   kalmagrove eval runs/recall --data synthetic:recall,pairs=8 --split test
   kalmagrove eval runs/book --tasks arc_easy,copa,lambada_openai --task_data tasks/"""
-NOT_OF_TASKS = ("data", "split", "stride")
+NOT_OF_TASKS = ("data", "split", "data_seed", "stride")
 ONLY_OF_TASKS = ("task_data", "limit")
 
 
@@ -33,6 +33,9 @@ def make_eval_parser() -> ArgumentParser:
     parser.add_argument("model", type=str, help="a run folder, a model folder or a Hub name")
     parser.add_argument("--data", type=str, default=None, help="a text as for train; left out: the built-in corpus")
     parser.add_argument("--split", type=str, default=None, help="only this split of the text; left out: all of it")
+    parser.add_argument(
+        "--data_seed", type=int, default=None, help="divides a text without splits; left out: as a run divided its own"
+    )
     parser.add_argument("--context_length", type=int, default=None, help="tokens; left out: the model's")
     parser.add_argument("--stride", type=int, default=None, help="tokens between windows; left out: the context")
     parser.add_argument(
@@ -61,6 +64,7 @@ def run(words: Sequence[str]) -> None:
         options.model,
         options.data,
         split=options.split,
+        data_seed=_data_seed(options),
         context_length=options.context_length,
         stride=options.stride,
         device=options.device,
@@ -76,6 +80,25 @@ def run(words: Sequence[str]) -> None:
     print(f"bits per byte   {scores.bits_per_byte:.4f}")
     for line in describe_optimum(scores.to_dict()):
         print(line)
+
+
+def _data_seed(options: Namespace) -> int:
+    """The one that divides the text: for a run's own text the run's, so that its test split was not trained on."""
+    if options.data_seed is not None:
+        if options.split is None:
+            raise UsageError("--data_seed divides a text into splits; name one by --split")
+        return int(options.data_seed)
+    from kalmagrove.training.run_folder import RunFolder
+
+    run = RunFolder(Path(options.model))
+    data = run.read_config().get("data") if run.config_path.is_file() else None
+    if not isinstance(data, dict) or _resolved(data.get("source")) != _resolved(options.data):
+        return 0
+    return int(data.get("seed", 0))
+
+
+def _resolved(source: str | None) -> str | None:
+    return None if source is None else str(Path(source).expanduser().resolve())
 
 
 def _run_tasks(options: Namespace) -> None:

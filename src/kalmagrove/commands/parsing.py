@@ -20,7 +20,7 @@ from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import DataConfig
+from kalmagrove.training.config import USUAL_VOCABULARY, DataConfig
 
 if TYPE_CHECKING:
     from kalmagrove.data.training_data import TrainingData
@@ -134,6 +134,7 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> TrainingData:
         return _open_examples(config, may_prepare)
     if is_synthetic(config.source):
         _require_left_out(config, f"data.source {config.source} comes with")
+    assert config.vocab_size is not None
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
     )
@@ -169,9 +170,13 @@ def _require_here(folder: Path, may_prepare: bool) -> None:
 
 def _require_left_out(config: DataConfig, reason: str, vocab_size: int | None = None) -> None:
     """A text that has its own tokeniser and splits is not given others."""
-    for name in ("tokenizer", "vocab_size", "seed"):
-        usual = getattr(DataConfig(), name)
-        if getattr(config, name) not in (usual, vocab_size if name == "vocab_size" else usual):
+    usual = {
+        "tokenizer": (None,),
+        "vocab_size": (USUAL_VOCABULARY[config.modality], vocab_size),
+        "seed": (DataConfig.seed,),
+    }
+    for name, allowed in usual.items():
+        if getattr(config, name) not in allowed:
             raise UsageError(f"{reason} its own {name}; leave data.{name} out")
 
 

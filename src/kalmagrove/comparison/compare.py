@@ -17,6 +17,7 @@ from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
 from kalmagrove.data.training_data import TrainingData
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
@@ -91,7 +92,15 @@ class _Plan:
         self.values = self._read()
 
     def _read(self) -> dict[str, Any]:
-        return json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        if not self.path.exists():
+            return {}
+        try:
+            values: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
+        except ValueError as error:
+            raise KalmaGroveError(
+                f"{self.path} is damaged; remove it, and what is decided there is decided anew"
+            ) from error
+        return values
 
     def update(self, **values: Any) -> None:
         """Adds what the first process decided; all processes must call this together."""

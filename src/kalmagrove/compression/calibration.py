@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kalmagrove.data.pieces import iter_document_tokens
 from kalmagrove.data.sources import iter_documents
-from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
+from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.scoring import nats_of_windows
 
@@ -68,13 +69,14 @@ def read_calibration_text(
 
 def _first_tokens(data: str | None, tokenizer_folder: str, count: int) -> np.ndarray:
     tokenizer = load_tokenizer(tokenizer_folder)
-    separator = end_of_text_id(tokenizer)
-    ids: list[int] = []
-    for document in iter_documents(data):
-        ids += [*tokenizer.encode(document, add_special_tokens=False).ids, separator]
-        if len(ids) >= count:
+    parts: list[np.ndarray] = []
+    read = 0
+    for tokens in iter_document_tokens(tokenizer, iter_documents(data)):
+        parts.append(tokens)
+        read += len(tokens)
+        if read >= count:
             break
-    return np.asarray(ids[:count], dtype=np.int64)
+    return np.concatenate(parts)[:count] if parts else np.zeros(0, dtype=np.int64)
 
 
 def loss_of(model: nn.Module, windows: Tensor, precision: str) -> float:

@@ -21,7 +21,7 @@ from kalmagrove.data.packing import MANIFEST, SplitInfo
 from kalmagrove.data.splits import SPLITS
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import remove_abandoned, whole_folder, write_json_atomic
+from kalmagrove.files import whole_folder, write_json_atomic
 from kalmagrove.modalities.registry import make_modality
 from kalmagrove.modalities.sequences import Sequences
 
@@ -208,7 +208,6 @@ def prepare_examples(source: ExampleSource, folder: Path, *, progress: Progress 
         KalmaGroveError: The source cannot be read, a split has no example, or the folder holds something else.
         OSError: The folder cannot be written.
     """
-    remove_abandoned(folder)
     if (folder / MANIFEST).is_file():
         packed, inputs = _open(folder, verify=True)
         if inputs != json.loads(json.dumps(source.inputs)):
@@ -220,7 +219,6 @@ def prepare_examples(source: ExampleSource, folder: Path, *, progress: Progress 
         raise KalmaGroveError(f"{folder} holds other files; choose a folder that is empty or does not exist yet")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as temporary:
-        temporary.mkdir()
         _write(source, temporary, progress or (lambda stage, done: None))
     return _open(folder, verify=True)[0]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from kalmagrove.data.tokenizer import end_of_text_id
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,6 +41,13 @@ def make_encoder(tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Callable[[list[s
         return [np.array(encoding.ids, dtype=dtype).tobytes() for encoding in encodings]
 
     return PieceEncoder(encode) if splits_before_white_space(own) else encode
+
+
+def iter_document_tokens(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """The tokens of each document, int64, with the token that ends it behind them, as in training."""
+    encode, end = make_encoder(tokenizer, np.dtype(np.int64)), end_of_text_id(tokenizer)
+    for document in documents:
+        yield np.append(np.frombuffer(encode([document])[0], dtype=np.int64), end)
 
 
 def splits_before_white_space(tokenizer: Tokenizer) -> bool:

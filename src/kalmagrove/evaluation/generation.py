@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kalmagrove.adaptors.opening import open_with_adaptor
+from kalmagrove.data.sources import is_unicode
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.generated_text import GeneratedText
@@ -136,7 +137,7 @@ def encode_prompt(opened: OpenModel, prompt: str) -> list[int]:
         UsageError: It is not text.
         KalmaGroveError: The tokeniser does not belong to the model.
     """
-    if not prompt.isprintable() and any(0xD800 <= ord(character) <= 0xDFFF for character in prompt):
+    if not is_unicode(prompt):
         raise UsageError("the prompt is not valid UTF-8")
     ids = opened.tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text_id(opened.tokenizer)]
     if max(ids) >= opened.model.config.vocab_size:

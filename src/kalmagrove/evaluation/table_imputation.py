@@ -54,7 +54,7 @@ def impute(
                 open_cells[number].remove(place)
     for place in sorted(texts):
         own = [number for number, places in enumerate(wanted) if place in places]
-        written = predict_column(model, codec, [filled[number] for number in own], place, terms)
+        written = predict_column(model, codec, [filled[number] for number in own], place, terms, own)
         for number, text in zip(own, written, strict=True):
             filled[number][place] = str(text)
     return filled

@@ -48,6 +48,7 @@ def predict_column(
     rows: Sequence[Values],
     target: int,
     terms: PredictionTerms,
+    numbers: Sequence[int] | None = None,
 ) -> np.ndarray | list[str]:
     """What the cells of a column are, given the others of their rows.
 
@@ -57,6 +58,7 @@ def predict_column(
         rows: What the target itself holds is not looked at.
         target: The column.
         terms: How.
+        numbers: Of the rows in their file, from 0, for an error's text; left out: all of its rows are here.
 
     Returns:
         Probabilities (rows, categories or bins) of a column of categories, numbers or dates; or texts.
@@ -69,7 +71,7 @@ def predict_column(
     try:
         with torch.inference_mode(), composed_weights(model):
             if isinstance(codec.columns[target], TextColumn):
-                return _texts(model, codec, rows, target, terms)
+                return _texts(model, codec, rows, target, terms, numbers or range(len(rows)))
             return _probabilities(model, codec, rows, target, terms)
     finally:
         model.train(was_training)
@@ -117,7 +119,12 @@ def _logits(model: KalmaGroveForCausalLM, hidden: Tensor) -> Tensor:
 
 
 def _texts(
-    model: KalmaGroveForCausalLM, codec: TableCodec, rows: Sequence[Values], target: int, terms: PredictionTerms
+    model: KalmaGroveForCausalLM,
+    codec: TableCodec,
+    rows: Sequence[Values],
+    target: int,
+    terms: PredictionTerms,
+    numbers: Sequence[int],
 ) -> list[str]:
     """The likeliest token at each step, by the mean of all orders, until the text ends or the context is full.
 
@@ -137,7 +144,7 @@ def _texts(
         full = next((number for number in growing if len(sequences[number][0]) >= limit), None)
         if full is not None:
             raise KalmaGroveError(
-                f"row {first + full + 1} leaves no room in the model's context of {limit} tokens for "
+                f"row {numbers[first + full] + 1} leaves no room in the model's context of {limit} tokens for "
                 f"{codec.columns[target].name}; shorten its texts, or train with a larger loop.context_length"
             )
         while growing:

@@ -9,11 +9,12 @@ import numpy as np
 
 from kalmagrove.adaptors.opening import open_with_adaptor
 from kalmagrove.data.batches import evaluation_windows
+from kalmagrove.data.pieces import iter_document_tokens
 from kalmagrove.data.sources import iter_documents
 from kalmagrove.data.splits import SPLITS, split_documents
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.data.synthetic.source import synthetic_tokenizer
-from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
+from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
 from kalmagrove.evaluation.synthetic import Reference, reference_of, with_references
@@ -30,6 +31,7 @@ def score_text(
     source: str | None,
     *,
     split: str | None = None,
+    data_seed: int = 0,
     context_length: int | None = None,
     stride: int | None = None,
     device: str = "auto",
@@ -44,6 +46,7 @@ def score_text(
         model: A run folder, a model folder or a Hub name.
         source: A text; None is the built-in corpus.
         split: Only the documents of this split.
+        data_seed: Divides a text that has no splits; that of the training keeps what was trained on out of the test.
         context_length: Tokens of a window; None is the model's context.
         stride: Tokens between windows; None is the context.
         device: auto, cpu, cuda, cuda:N or mps.
@@ -74,7 +77,7 @@ def score_text(
     has_optimum = is_synthetic(source) and tokenizer.get_vocab() == synthetic_tokenizer(source).get_vocab()
     references: list[Reference] = []
     total, tokens, words, text_bytes = 0.0, 0, 0, 0
-    for stream, chunk_words, chunk_bytes in _token_chunks(tokenizer, source, split):
+    for stream, chunk_words, chunk_bytes in _token_chunks(tokenizer, source, split, data_seed):
         if stream.max(initial=0) >= loaded.config.vocab_size:
             raise KalmaGroveError(f"the tokeniser of {model} has tokens that its model does not know")
         terms: dict[str, Any] = {
@@ -94,20 +97,30 @@ def score_text(
     return with_references(scores, references)
 
 
-def _token_chunks(tokenizer: Any, source: str | None, split: str | None) -> Iterator[tuple[np.ndarray, int, int]]:
+def _token_chunks(
+    tokenizer: Any, source: str | None, split: str | None, data_seed: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
     """(tokens, words, bytes) of whole documents, about CHUNK_TOKENS together."""
-    separator = end_of_text_id(tokenizer)
-    ids: list[int] = []
-    words = text_bytes = 0
-    documents = (
-        iter_documents(source) if split is None else (text for name, text in split_documents(source) if name == split)
-    )
-    for document in documents:
-        ids += [*tokenizer.encode(document, add_special_tokens=False).ids, separator]
-        words += len(document.split())
-        text_bytes += len(document.encode())
-        if len(ids) >= CHUNK_TOKENS:
-            yield np.asarray(ids), words, text_bytes
-            ids, words, text_bytes = [], 0, 0
-    if ids:
-        yield np.asarray(ids), words, text_bytes
+    parts: list[np.ndarray] = []
+    read = words = text_bytes = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal words, text_bytes
+        documents = iter_documents(source) if split is None else _documents_of(source, split, data_seed)
+        for document in documents:
+            words += len(document.split())
+            text_bytes += len(document.encode())
+            yield document
+
+    for tokens in iter_document_tokens(tokenizer, counted()):
+        parts.append(tokens)
+        read += len(tokens)
+        if read >= CHUNK_TOKENS:
+            yield np.concatenate(parts), words, text_bytes
+            parts, read, words, text_bytes = [], 0, 0, 0
+    if parts:
+        yield np.concatenate(parts), words, text_bytes
+
+
+def _documents_of(source: str | None, split: str, data_seed: int) -> Iterator[str]:
+    return (text for name, text in split_documents(source, seed=data_seed) if name == split)

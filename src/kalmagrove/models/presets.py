@@ -128,6 +128,12 @@ def preset_options(name: str, overrides: dict[str, Any] | None = None) -> dict[s
     options |= _family_options(family, width, head_dim, context_length)
     for part in parts:
         options |= _part_options(part, family, options, context_length)
+    attention = overrides.get("attention") or options.get("attention")
+    if attention == "arnold" and overrides.get("num_attention_heads") and "resolutions" not in overrides:
+        raise UsageError(
+            f"num_attention_heads is of full attention, and {name} has Arnold's groups of heads; give resolutions, or "
+            "attention full"
+        )
     if "resolutions" not in overrides and overrides.get("attention") == "full":
         options["resolutions"] = None
     return options | overrides

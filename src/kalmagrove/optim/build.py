@@ -33,7 +33,7 @@ def build_optimizers(
 
     Args:
         name: Which.
-        model: Its parameters are divided by :func:`~kalmagrove.optim.kalma.kalma_groups`.
+        model: Its parameters are divided by :func:`~kalmagrove.optim.groups.kalma_groups`.
         lr: Of the hidden matrices.
         auxiliary_lr: Of embeddings, heads and vectors: a rate of their own is worth more to AdamW than to the others.
         core_lr: Of Grove's cores that are not matrices.

@@ -9,7 +9,7 @@ Schedule = Literal["linear", "cosine", "wsd", "constant"]
 
 
 def learning_rate_factor(schedule: Schedule, step: int, total_steps: int, warmup_steps: int) -> float:
-    """Factor of the peak learning rate at ``step`` (from 0), in (0, 1].
+    """Factor of the peak learning rate at ``step`` (from 0), between 0 and 1.
 
     After a linear warm-up: "linear" and "cosine" fall to zero at ``total_steps``; "wsd" stays at the peak and falls
     linearly over the last fifth (warm-up, stable, decay); "constant" stays.

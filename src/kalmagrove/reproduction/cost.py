@@ -77,7 +77,9 @@ def _vocab_size(data: DataConfig, preset: str) -> int:
     """As far as it is known without the text: a tokenizer of its own has the preset's."""
     if is_synthetic(data.source):
         return synthetic_tokenizer(data.source).get_vocab_size()
-    return data.vocab_size if data.tokenizer is None else SIZES[split_preset(preset)[1]].vocab_size
+    if data.tokenizer is not None or data.vocab_size is None:
+        return SIZES[split_preset(preset)[1]].vocab_size
+    return data.vocab_size
 
 
 def cost_page(costs: list[StudyCost], flops_per_second: float | None) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kalmagrove.report.figures import BASELINE_COLOUR, CANDIDATE_COLOUR, OTHER_COLOURS
 from kalmagrove.report.table import format_count
-from kalmagrove.scaling.laws import predicted_loss
+from kalmagrove.scaling.laws import predicted_loss, worth_of_tokens
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,17 +97,28 @@ def _against_parameters(axes: Axes, families: Mapping[str, Any], colours: Mappin
             )
         sizes = np.geomspace(min(p["parameters"] for p in points), max(p["parameters"] for p in points), 40)
         for tokens in dict.fromkeys((lengths[0], lengths[-1])):
-            line = [np.exp(predicted_loss(fit["constants"], size, tokens)) for size in sizes]
+            unique = min(point["unique_tokens"] for point in points if point["tokens"] == tokens)
+            line = [np.exp(_loss(fit["constants"], size, tokens, unique)) for size in sizes]
             axes.plot(sizes, line, color=colours[name], linewidth=1.4)
-            low, high = _band(fit["draws"], sizes, tokens)
+            # A resample keeps the worth of repetition that the fit found.
+            repetition = {name: fit["constants"][name] for name in ("R*",) if name in fit["constants"]}
+            low, high = _band([draw | repetition for draw in fit["draws"]], sizes, tokens, unique)
             axes.fill_between(sizes, low, high, color=colours[name], alpha=0.15, linewidth=0)
             text = f" {format_count(tokens)}"
             axes.annotate(text, (sizes[-1], line[-1]), color=colours[name], fontsize=7, va="center")
     _finish(axes, "parameters (shared ones once)", "a  validation perplexity; lines: fitted law, 95 % band")
 
 
-def _band(draws: Sequence[Mapping[str, float]], sizes: np.ndarray, tokens: float) -> tuple[np.ndarray, np.ndarray]:
-    values = np.array([[predicted_loss(constants, size, tokens) for size in sizes] for constants in draws])
+def _loss(constants: Mapping[str, float], parameters: float, tokens: float, unique_tokens: float) -> float:
+    """Of a run whose repeated tokens are worth what the law says."""
+    worth = worth_of_tokens(tokens, unique_tokens, constants["R*"]) if "R*" in constants else tokens
+    return predicted_loss(constants, parameters, worth)
+
+
+def _band(
+    draws: Sequence[Mapping[str, float]], sizes: np.ndarray, tokens: float, unique_tokens: float
+) -> tuple[np.ndarray, np.ndarray]:
+    values = np.array([[_loss(constants, size, tokens, unique_tokens) for size in sizes] for constants in draws])
     low, high = np.quantile(values, (0.025, 0.975), axis=0)
     return np.exp(low), np.exp(high)
 

@@ -208,12 +208,15 @@ def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float
     return float(low), float(high)
 
 
-def held_out_error(law: LawName, points: Sequence[Point], part: float = 0.25) -> dict[str, Any] | None:
+def held_out_error(
+    law: LawName, points: Sequence[Point], *, repeated: bool = False, part: float = 0.25
+) -> dict[str, Any] | None:
     """How well a law that is fitted to the smaller runs tells the losses of the largest.
 
     Args:
         law: Which.
         points: Of one family.
+        repeated: As for `fit_law`.
         part: Of the runs, the largest by parameters x tokens.
 
     Returns:
@@ -222,7 +225,7 @@ def held_out_error(law: LawName, points: Sequence[Point], part: float = 0.25) ->
     ordered = sorted(points, key=lambda point: point.parameters * point.tokens)
     count = max(1, round(part * len(ordered)))
     try:
-        fit = fit_law(law, ordered[:-count])
+        fit = fit_law(law, ordered[:-count], repeated=repeated)
     except KalmaGroveError:
         return None
     errors = np.abs(fit.losses(ordered[-count:]) - [point.loss for point in ordered[-count:]])

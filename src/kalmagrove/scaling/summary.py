@@ -123,7 +123,7 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
         "finalists": fit.finalists,
         "agreeing_starts": fit.agreeing,
         "residuals": [float(point.loss - loss) for point, loss in zip(points, predicted, strict=True)],
-        "held_out": held_out_error(fit.law, points),
+        "held_out": held_out_error(fit.law, points, repeated=fit.worth_of_repetition is not None),
         # A resample without some sizes may fit a cliff whose constants no number holds; it predicts nothing.
         "draws": [dict(draw) for draw in drawn if all(map(math.isfinite, draw.values()))][:KEPT_DRAWS],
         "warnings": warnings_of(fit, points),

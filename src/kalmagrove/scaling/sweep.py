@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import queue
 import signal
 import sys
@@ -24,7 +23,7 @@ from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
 from kalmagrove.scaling.worker import known_losses, loss_of, outcome_rows, tuning_report, work
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
-from kalmagrove.training.environment import describe_environment, keep_freed_memory
+from kalmagrove.training.environment import describe_environment, keep_freed_memory, usable_cores
 from kalmagrove.training.run_folder import open_run_folder
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.watching import SWEEP_FACTS
@@ -86,7 +85,7 @@ def default_workers() -> int:
 
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_cores()
 
 
 def _train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from decimal import Decimal
 from typing import Any, Literal, TypedDict, get_args
 
 from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
@@ -41,6 +42,8 @@ _OF_MODALITY = {
     "mixed": ("patch_size", "scan", "image_size", "bins"),
 }
 
+USUAL_VOCABULARY = {"text": 4096, "image": 1024, "table": 1024, "mixed": 1024}
+
 _VOCABULARY_OF = {"image": "caption_vocab_size", "table": "text_vocab_size", "mixed": "vocab_size"}
 """What their sources call the vocabulary of the texts in them."""
 
@@ -53,8 +56,8 @@ class DataConfig:
         source: A file, a folder, a Hub data set with its config (wikitext:wikitext-103-raw-v1), or a synthetic task
             whose best possible loss is known (synthetic:markov,states=64 or synthetic:recall,pairs=8). Left out: the
             built-in corpus, the source files of the running Python's standard library.
-        vocab_size: Vocabulary of the byte-level BPE that is trained on the training split; that of a table's texts, of
-            captions and of mixed lines is 1,024 where none is given.
+        vocab_size: Vocabulary of the byte-level BPE that is trained on the training split; left out: 4,096 for text,
+            and 1,024 for a table's texts, captions and mixed lines.
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name, in the place of a trained one.
         seed: Divides documents into train, valid and test where the source has no splits.
         folder: Where packed token files are kept.
@@ -69,7 +72,7 @@ class DataConfig:
     """
 
     source: str | None = None
-    vocab_size: int = 4096
+    vocab_size: int | None = None
     tokenizer: str | None = None
     seed: int = 0
     folder: str = "runs/data"
@@ -82,6 +85,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         self._check_modality()
+        if self.vocab_size is None:
+            object.__setattr__(self, "vocab_size", USUAL_VOCABULARY[self.modality])
+        assert self.vocab_size is not None
         if self.tokenizer is None and self.vocab_size < 258:
             raise UsageError(f"data.vocab_size must be at least 258 (256 bytes and two more), got {self.vocab_size}")
         if is_synthetic(self.source):
@@ -102,7 +108,7 @@ class DataConfig:
     def modality_options(self) -> dict[str, Any]:
         """What the source of examples takes, apart from where it is."""
         options = {name: getattr(self, name) for name in _OF_MODALITY.get(self.modality, ())}
-        if self.modality != "text" and self.vocab_size != type(self).vocab_size:
+        if self.modality != "text":
             options[_VOCABULARY_OF[self.modality]] = self.vocab_size
         return options
 
@@ -326,6 +332,9 @@ class LoopConfig:
                 f"loop.tokens {self.tokens} is less than one batch of {self.tokens_per_step} tokens "
                 f"({self.batch_size} x {self.context_length})"
             )
+        if self.grow_rank is not None:
+            # A file of options keeps the steps as texts.
+            object.__setattr__(self, "grow_rank", {int(step): rank for step, rank in self.grow_rank.items()})
         for step in self.grow_rank or {}:
             if not 0 < step < self.total_steps:
                 raise UsageError(f"loop.grow_rank names step {step}, but the run has steps 1 to {self.total_steps - 1}")
@@ -411,6 +420,7 @@ def usual_options(config: Any) -> dict[str, Any]:
     return usual
 
 
+MOST_TOKENS = 2**63 - 1
 _SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
@@ -424,7 +434,11 @@ def parse_count(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", str(text).strip().lower().replace("_", ""))
     if match is None:
         raise UsageError(f"{text!r} is not a number of tokens; write for example 500k, 2m or 1.5b")
-    return int(float(match[1]) * _SUFFIX[match[2]])
+    # Of a float 8.12m would be a token less than 8,120,000.
+    count = Decimal(match[1]) * _SUFFIX[match[2]]
+    if count > MOST_TOKENS:
+        raise UsageError(f"{text!r} is more than {MOST_TOKENS:,} tokens; write fewer")
+    return round(count)
 
 
 def parse_list(text: str) -> list[str]:

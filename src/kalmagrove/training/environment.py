@@ -38,7 +38,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
         "cpu": _cpu_model(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
         "memory_bytes": _physical_memory_bytes(),
         "cuda": torch.version.cuda,
@@ -116,7 +116,8 @@ def _cpu_model() -> str:
     return model[1].strip() if model else platform.processor() or platform.machine()
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Processor cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.environment import usable_cores
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
@@ -39,7 +40,7 @@ def run_in_processes(words: Sequence[str], processes: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Each process gets its share of the cores, unless the user has said how many.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // processes)))
     # A large checkpoint may take longer than the half minute that processes have otherwise to end after a signal.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     for name in logging.root.manager.loggerDict:

@@ -153,6 +153,20 @@ def test_all_lines_about_one_image_are_in_one_split(tmp_path: Path) -> None:
     assert set.union(*places.values()) == {"train", "valid", "test"}
 
 
+@pytest.mark.parametrize("edit", ["another text", "another mark"])
+def test_edited_lines_are_not_taken_for_what_was_packed(lines: Path, tmp_path: Path, edit: str) -> None:
+    folder = tmp_path / "packed"
+    prepare_examples(mixed_source(str(lines), seed=0, patch_size=4), folder)
+    found = [json.loads(line) for line in (lines / "train.jsonl").read_text().splitlines()]
+    if edit == "another text":
+        found[0]["parts"][1]["text"] = "how dark?"
+    else:
+        found[0]["parts"][1]["learn"] = True
+    write_lines(lines / "train.jsonl", found)
+    with pytest.raises(KalmaGroveError, match="was prepared from something else"):
+        prepare_examples(mixed_source(str(lines), seed=0, patch_size=4), folder)
+
+
 def test_answers_of_some_lines_alone_can_be_written() -> None:
     rows = [{"place": "1", "answer": "a"}, {"place": "2", "answer": "b", "wanted": "c"}]
     assert write_rows(rows, ".csv") == "place,answer,wanted\n1,a,\n2,b,c\n"

@@ -94,6 +94,7 @@ UNSOUND: dict[str, tuple[str, str | bytes, str]] = {
     "a JSON name twice": ("t.jsonl", '{"a": 1, "a": 2}\n', "two cells named 'a'"),
     "an empty JSON name": ("t.jsonl", '{" ": 1}\n', "cell without a name"),
     "half a surrogate": ("t.jsonl", '{"a": "\\ud800"}\n', "half a surrogate pair"),
+    "half a surrogate in a name": ("t.jsonl", '{"\\ud800": 1}\n', "half a surrogate pair in the name of a column"),
     "digits without end": ("t.jsonl", '{"a": ' + "9" * 5000 + "}\n", "no sound JSON"),
     "deep JSON": ("t.jsonl", '{"a": ' + "[" * 100_000 + "\n", "no sound JSON"),
     "no parquet": ("t.parquet", "hello", "is not a sound parquet file"),

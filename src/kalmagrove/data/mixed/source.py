@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from kalmagrove.data.images.source import image_format
 from kalmagrove.data.images.survey import survey_pictures
 from kalmagrove.data.mixed.codec import MODALITY, MixedCodec
 from kalmagrove.data.mixed.reading import MixedRow, split_mixed
+from kalmagrove.data.sources import content_fingerprint
 from kalmagrove.data.splits import SPLITS
 from kalmagrove.data.tables.cells import Row
 from kalmagrove.data.tables.codec import make_codec
@@ -77,9 +77,8 @@ def mixed_source(
         UsageError: An option is out of its range.
     """
     rows = partial(split_mixed, path, seed=seed)
-    content = hashlib.sha256()
-    for split, row in rows():
-        content.update(f"{split} {row.content()}\n".encode())
+    # All of the lines, what is learnt included; the images' pixels come below.
+    content = [content_fingerprint(path, (".jsonl",))]
     columns = columns_of(_table_rows(rows(), "train"), bins=bins)
     text_columns = [column.name for column in columns if isinstance(column, TextColumn)]
     # Without rows it is the tokeniser alone that is made here.
@@ -89,13 +88,13 @@ def mixed_source(
         size = None if image_size is None else parse_size(image_size)
         found: dict[str, Pictures] = {split: partial(_pictures, path, seed, split) for split in SPLITS}
         survey = survey_pictures(found, source=path, size=size, seed=seed, progress=lambda stage, done: None)
-        content.update(survey.content.encode())
+        content.append(survey.content)
         patch_size = choose_patch_size(survey.height, survey.width, patch_size)
         looks = {"patch_size": patch_size, "scan": scan, "is_fitted": size is not None, "predicts_pixels": True}
         form = image_format(survey, made.tokenizer, looks, has_captions=False)
     codec = MixedCodec(made.tokenizer, table, form)
     options = {"vocab_size": vocab_size, "bins": bins, "patch_size": patch_size, "scan": scan, "image_size": image_size}
-    inputs = {"content": content.hexdigest(), "seed": seed, **options}
+    inputs = {"content": content, "seed": seed, **options}
     return MixedSource(path, seed, codec, codec.tokenizer, codec.modalities(), codec.schema(), inputs)
 
 

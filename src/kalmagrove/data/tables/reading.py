@@ -17,6 +17,7 @@ from typing import Any
 from kalmagrove.data.sources import (
     COMPRESSION_SUFFIXES,
     import_data_extra,
+    is_unicode,
     iter_lines,
     kind_of_file,
     open_seekable,
@@ -176,6 +177,8 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_json_names(place: str, names: Sequence[str], cells: dict[str, Cell]) -> None:
+    if not all(map(is_unicode, cells)):
+        raise KalmaGroveError(f"{place} holds half a surrogate pair in the name of a column; mend or remove that line")
     if len(cells) < len(names) or "" in cells:
         raise KalmaGroveError(f"{place} has a cell without a name, or two whose names differ in white space alone")
 
@@ -183,7 +186,7 @@ def _check_json_names(place: str, names: Sequence[str], cells: dict[str, Cell]) 
 def _json_cell(cell: Any, name: str, place: str) -> Cell:
     if isinstance(cell, dict | list):
         raise KalmaGroveError(f"{place} has {_kind_name(cell)} in column {name!r}; give text, a number or true/false")
-    if isinstance(cell, str) and any(0xD800 <= ord(character) <= 0xDFFF for character in cell):
+    if isinstance(cell, str) and not is_unicode(cell):
         raise KalmaGroveError(f"{place} holds half a surrogate pair in column {name!r}; mend or remove that line")
     found: Cell = _present(cell)
     return found
