@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kalmagrove.errors import UsageError
 from kalmagrove.precision import autocast, choose_device, choose_precision, has_fast_bfloat16
 
 
@@ -33,9 +34,9 @@ def test_auto_device_prefers_cuda_then_mps(
 
 def test_a_device_that_is_not_here_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="device 'cuda' is not on this machine"):
+    with pytest.raises(UsageError, match="device 'cuda' is not on this machine"):
         choose_device("cuda")
-    with pytest.raises(ValueError, match="unknown device 'tpuu'"):
+    with pytest.raises(UsageError, match="unknown device 'tpuu'"):
         choose_device("tpuu")
 
 
@@ -53,5 +54,5 @@ def test_autocast_runs_products_in_bfloat16_and_keeps_parameters() -> None:
 
 
 def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(ValueError, match="got 'fp8'"):
-        choose_precision("fp8", torch.device("cpu"))  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="got 'fp8'"):
+        choose_precision("fp8", torch.device("cpu"))

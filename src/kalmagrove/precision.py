@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import torch
 
+from kalmagrove.errors import UsageError
+
 Precision = Literal["auto", "bf16", "fp32"]
 
 
@@ -18,7 +20,7 @@ def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch
         local_rank: Which of a machine's GPUs is meant by auto and cuda, where several processes share the machine.
 
     Raises:
-        ValueError: The named device is not on this machine.
+        UsageError: The named device is not on this machine.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -27,11 +29,11 @@ def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from error
+        raise UsageError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} is not on this machine; use device auto or cpu")
+        raise UsageError(f"device {name!r} is not on this machine; use device auto or cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device {name!r} is not on this machine; use device auto or cpu")
+        raise UsageError(f"device {name!r} is not on this machine; use device auto or cpu")
     if device.type == "cuda" and device.index is None:
         return _cuda(local_rank)
     return device
@@ -50,17 +52,18 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def choose_precision(name: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+def choose_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
     """The precision of the forward and backward pass; "auto" is bf16 where it is native.
 
     Raises:
-        ValueError: The name is unknown.
+        UsageError: The name is unknown.
     """
     if name == "auto":
         return "bf16" if has_fast_bfloat16(device) else "fp32"
-    if name not in ("bf16", "fp32"):
-        raise ValueError(f"precision must be auto, bf16 or fp32, got {name!r}")
-    return name
+    known: dict[str, Literal["bf16", "fp32"]] = {"bf16": "bf16", "fp32": "fp32"}
+    if name not in known:
+        raise UsageError(f"precision must be auto, bf16 or fp32, got {name!r}")
+    return known[name]
 
 
 def autocast_type(tensor: torch.Tensor) -> torch.dtype:

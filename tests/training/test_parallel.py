@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+from kalmagrove.data.example_store import prepare_examples
 from kalmagrove.data.packing import PackedText
+from kalmagrove.data.tables.source import table_source
 from kalmagrove.errors import UsageError
 from kalmagrove.models.convert import load_model
 from kalmagrove.training.checkpoint import latest_checkpoint
@@ -168,6 +170,15 @@ def test_a_batch_that_does_not_fit_the_processes_is_an_error(
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
         TrainingRun(config(**loop), packed, World(0, 0, 3))
+
+
+def test_examples_are_not_sharded(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("a,b\n" + "".join(f"{n % 7},{n % 3}\n" for n in range(200)))
+    data = prepare_examples(table_source(str(table), seed=0), tmp_path / "packed")
+    conf = config(batch_size=6, context_length=8, parallel="fsdp")
+    with pytest.raises(UsageError, match=r"loop\.parallel fsdp is for text; train table data with loop\.parallel ddp"):
+        TrainingRun(conf, data, World(0, 0, 3))
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK"])

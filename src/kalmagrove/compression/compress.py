@@ -82,11 +82,8 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
     for folder in (options.out, options.dense_out):
         if folder is not None:
             require_free_folder(folder.resolve())
-    try:
-        device = choose_device(options.device)
-        precision = choose_precision(options.precision, device)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    device = choose_device(options.device)
+    precision = choose_precision(options.precision, device)
     if device.type == "mps":
         # Its factorisations need float64.
         if options.device != "auto":

@@ -118,10 +118,7 @@ def open_model(source: str, *, adaptor: str | None = None, device: str = "auto")
         UsageError: The device is not here, or there is no such adaptor.
         KalmaGroveError: The model cannot be read.
     """
-    try:
-        chosen_device = choose_device(device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    chosen_device = choose_device(device)
     model = open_with_adaptor(source, adaptor).to(chosen_device)
     tokenizer = load_tokenizer(model_folder(source))
     # A chat model ends its turn with a token of its own, beside the one that ends a text.

@@ -61,11 +61,8 @@ def run_tasks(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit must be at least 1, got {limit}")
     rows = {name: read_rows(name, find_rows(name, data), limit=limit) for name in tasks}
-    try:
-        chosen_device = choose_device(device)
-        is_short = choose_precision(precision, chosen_device) == "bf16"
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    chosen_device = choose_device(device)
+    is_short = choose_precision(precision, chosen_device) == "bf16"
     loaded = open_with_adaptor(model, adaptor).to(chosen_device)
     longest = int(loaded.config.max_position_embeddings)
     length = longest if context_length is None else context_length

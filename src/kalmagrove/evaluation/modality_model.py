@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kalmagrove.data.example_store import read_schema
 from kalmagrove.data.tokenizer import load_tokenizer
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.convert import load_model, model_folder
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.precision import choose_device, choose_precision
@@ -61,11 +61,8 @@ def open_modality_model(source: str, *, device: str = "auto", precision: Any = "
         UsageError: The device or the precision is unknown or not there.
         KalmaGroveError: The model cannot be read, or was trained on text.
     """
-    try:
-        chosen_device = choose_device(device)
-        chosen_precision = choose_precision(precision, chosen_device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    chosen_device = choose_device(device)
+    chosen_precision = choose_precision(precision, chosen_device)
     folder = model_folder(source)
     schema = read_schema(Path(folder))
     model = load_model(source)

@@ -59,11 +59,8 @@ def score_text(
     """
     if split is not None and split not in SPLITS:
         raise UsageError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}")
-    try:
-        chosen_device = choose_device(device)
-        chosen_precision = choose_precision(precision, chosen_device)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    chosen_device = choose_device(device)
+    chosen_precision = choose_precision(precision, chosen_device)
     loaded = open_with_adaptor(model, adaptor).to(chosen_device)
     limit = int(loaded.config.max_position_embeddings)
     length = limit if context_length is None else context_length

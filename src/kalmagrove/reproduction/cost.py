@@ -13,7 +13,7 @@ from kalmagrove.report.table import format_count
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.costs import model_cost, rung_cost
 from kalmagrove.scaling.ladder import SweepConfig, planned_runs
-from kalmagrove.training.config import BASELINE_FAMILIES, DataConfig, ModelConfig
+from kalmagrove.training.config import DataConfig, ModelConfig, is_plain_transformer
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _comparison_cost(name: str, config: CompareConfig) -> StudyCost:
     # The best of trials that are as long as the final runs is one of them.
     repeated = 1 if trials and config.trial_steps(steps) == steps else 0
     of_a_model = ((finals - repeated) * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
-    plain = [c for c in config.contestants() if c.preset.partition("-")[0] in BASELINE_FAMILIES and "+" not in c.preset]
+    plain = [contestant for contestant in config.contestants() if is_plain_transformer(contestant.preset)]
     # Which of them is the better one is not known yet; the last is the dearer.
     rechecked = plain[-1:] if config.recheck_baseline else []
     runs = tokens = 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from kalmagrove.models.presets import split_preset
 from kalmagrove.report.statistics import Interval, ratio_interval
 from kalmagrove.report.table import format_bytes
 from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
 from kalmagrove.reproduction.evidence import part_to_reach
 from kalmagrove.reproduction.pairs import PAPER, Pair, each, held_back, lost_seeds, quoted, with_doubts
-from kalmagrove.training.config import BASELINE_FAMILIES
+from kalmagrove.training.config import is_plain_transformer
 
 Pairs = dict[str, Pair | None]
 MEMORY_NOISE = 0.02
@@ -61,7 +60,7 @@ def perplexity(pairs: Pairs) -> Answer:
 
 def _plain(pair: Pair) -> str:
     """Which plain Transformers were there, and which is the reference."""
-    models = [model for model in pair.study.results.models if split_preset(model.preset)[0] in BASELINE_FAMILIES]
+    models = [model for model in pair.study.results.models if is_plain_transformer(model.preset)]
     others = [f"{model.name} with {model.optim}" for model in models if model.name != pair.rival.name]
     return " better than ".join([f"{pair.rival.name} with {pair.rival.optim}", *others])
 

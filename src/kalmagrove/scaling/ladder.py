@@ -21,6 +21,7 @@ from kalmagrove.training.config import (
     TrainConfig,
     default_optimizer,
     further_trial,
+    is_plain_transformer,
     parse_count,
     parse_list,
     parse_seeds,
@@ -48,7 +49,7 @@ class Family:
     @property
     def is_baseline(self) -> bool:
         """Whether this is a plain Transformer, whatever its optimiser."""
-        return self.preset in BASELINE_FAMILIES
+        return is_plain_transformer(self.preset)
 
 
 @dataclass(frozen=True)

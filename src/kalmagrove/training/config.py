@@ -21,7 +21,7 @@ from kalmagrove.models.choices import (
     SharedSides,
     Sharing,
 )
-from kalmagrove.models.presets import PARTS
+from kalmagrove.models.presets import PARTS, split_parts, split_preset
 
 OptimizerName = Literal["kalma", "adamw", "muon", "soap"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
@@ -479,6 +479,11 @@ def further_trial(losses: Mapping[float, float]) -> float | None:
     if best == scales[0]:
         return best / 2
     return best * 2 if best == scales[-1] else None
+
+
+def is_plain_transformer(preset: str) -> bool:
+    """Whether a preset is an architecture that the others are compared with, with nothing of ours put into it."""
+    return split_preset(preset)[0] in BASELINE_FAMILIES and not split_parts(preset)[1]
 
 
 def default_optimizer(family: str) -> OptimizerName:

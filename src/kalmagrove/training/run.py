@@ -121,6 +121,8 @@ class TrainingRun:
         loop = self.config.loop
         # Too little text is an error here, before step 1.
         example = self.batch(0)[:1].to(self.device)
+        if self.world.size > 1 and loop.parallel == "fsdp" and isinstance(self.data, PackedExamples):
+            raise UsageError(f"loop.parallel fsdp is for text; train {self.data.modality} data with loop.parallel ddp")
         self.loss = ParallelLoss(self.model, self.world, loop.parallel, compiled=loop.compile, example=example)
         self.optimizers = self._build_optimizers()
 
