@@ -9,8 +9,6 @@ import torch
 
 from kalmagrove.errors import UsageError
 
-Precision = Literal["auto", "bf16", "fp32"]
-
 
 def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch.device:
     """The device of a name, or the best one: CUDA, then Apple's MPS, then the CPU.

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Na
 from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.data.synthetic.options import is_synthetic
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import UsageError, first_line
 from kalmagrove.training.config import USUAL_VOCABULARY, DataConfig
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def build(parser: ArgumentParser, namespace: Namespace) -> Any:
     except UsageError:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise UsageError((str(error).splitlines() or [type(error).__name__])[0]) from error
+        raise UsageError(first_line(error)) from error
 
 
 def after_second_word(command: str, second: str, words: Sequence[str]) -> Sequence[str]:

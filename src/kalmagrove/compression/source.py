@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from kalmagrove.auto_classes import register_when_imported
 from kalmagrove.compression.model import CompressedForCausalLM, to_dense
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 from kalmagrove.models.convert import load_model, model_folder
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.exporting import copy_tokenizer
@@ -112,7 +112,7 @@ def _open_gguf(path: Path) -> Source:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # A damaged file reaches several libraries' own code, which have no common error for it.
     except Exception as error:
-        raise KalmaGroveError(f"cannot read {path}: {_first_line(error)}") from error
+        raise KalmaGroveError(f"cannot read {path}: {first_line(error)}") from error
     # What was read is plain numbers: without these marks it is written like any other model.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):
@@ -149,7 +149,7 @@ def _check_config(folder: Path) -> None:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # What is wrong with the file reaches the library's own code, which has no common error for it.
     except Exception as error:
-        raise KalmaGroveError(f"cannot read {folder / 'config.json'}: {_first_line(error)}") from error
+        raise KalmaGroveError(f"cannot read {folder / 'config.json'}: {first_line(error)}") from error
     if config.model_type not in ARCHITECTURES:
         raise KalmaGroveError(
             f"{folder} is of the architecture {config.model_type!r}; {', '.join(ARCHITECTURES)} can be compressed"
@@ -164,7 +164,3 @@ def _check_numbers(model: PreTrainedModel, path: str) -> None:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise KalmaGroveError(f"{path}: the weights {name} hold NaN or infinity; fetch the model again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

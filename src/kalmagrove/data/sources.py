@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO
 
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.data.synthetic.source import synthetic_fingerprint, synthetic_splits
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSION_SUFFIXES = (".xz", ".gz", ".zst")
@@ -208,7 +208,7 @@ def hub_splits(source: str) -> dict[str, Iterator[str]]:
         loaded = datasets.load_dataset(name, config or None)
     # The library raises many unrelated kinds of errors, those of the network among them.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise KalmaGroveError(
             f"{source} is no file or folder here and could not be opened as a Hub data set: {reason}"
         ) from error

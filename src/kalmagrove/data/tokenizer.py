@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError, first_line
 from kalmagrove.files import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def _download(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, "tokenizer.json"))
     # Network, permission and naming errors have no common base.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise KalmaGroveError(
             f"the tokenizer {name} is no file or folder here and could not be fetched from the Hub: {reason}"
         ) from error

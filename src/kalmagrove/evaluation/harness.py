@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
 from kalmagrove.adaptors.opening import open_with_adaptor
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError, first_line
 from kalmagrove.evaluation.tasks import TASKS, find_rows, read_rows, write_task_folder
 from kalmagrove.models.convert import model_folder
 from kalmagrove.nn.grove import composed_weights
@@ -127,7 +127,7 @@ def _tokenizer(folder: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # What is wrong with the files reaches the library's own code, which has no common error for it.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise KalmaGroveError(f"cannot read a tokeniser from {folder}: {reason}") from error
 
 

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from kalmagrove.auto_classes import register_when_imported
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.merging import merge
@@ -147,7 +147,7 @@ def load_model(folder: str | Path) -> PreTrainedModel:
             _check_sizes(Path(folder))
             model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, use_safetensors=True)
         except Exception as error:
-            raise KalmaGroveError(f"cannot load a model from {folder}: {_first_line(error)}") from error
+            raise KalmaGroveError(f"cannot load a model from {folder}: {first_line(error)}") from error
     loaded: PreTrainedModel = model
     return loaded.eval()
 
@@ -215,7 +215,7 @@ def any_config(folder: str | Path) -> PretrainedConfig:
         raise
     # What is wrong with the file reaches the library's own code, which has no common error for it.
     except Exception as error:
-        raise KalmaGroveError(f"cannot read a model configuration from {folder}: {_first_line(error)}") from error
+        raise KalmaGroveError(f"cannot read a model configuration from {folder}: {first_line(error)}") from error
     return config
 
 
@@ -244,11 +244,6 @@ class _quiet_transformers:
     def __exit__(self, *_: object) -> None:
         if self.was_on:
             transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if len(line) < 300 else line[:297] + "..."
 
 
 def _special_tokens(config: KalmaGroveConfig) -> dict[str, Any]:

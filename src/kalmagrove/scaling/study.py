@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 from kalmagrove.scaling.ladder import Rung, SweepConfig
 from kalmagrove.scaling.share import Claim, Result
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
@@ -52,7 +52,7 @@ def open_study(storage: str, config: SweepConfig, data_fingerprint: str) -> Stud
         )
     # Drivers of databases raise many unrelated kinds of errors.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise KalmaGroveError(f"the storage {storage} cannot be opened: {reason}") from error
     return StudyShare(study)
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from kalmagrove.adaptors.adaptors import Adaptors
 from kalmagrove.adaptors.opening import adaptor_folder, adaptor_names
 from kalmagrove.adaptors.storage import load_adaptor
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError, first_line
 from kalmagrove.evaluation.generation import OpenModel, open_model
 from kalmagrove.models.convert import model_folder
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
@@ -70,7 +70,7 @@ class ServedModels:
         try:
             return self.chat_prompt(messages)
         except (TemplateError, ValueError, TypeError, LookupError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise RequestError(
                 400, f"the model's chat template refuses the messages: {reason}", param="messages"
             ) from None
@@ -156,7 +156,7 @@ def _chat_prompt(folder: str) -> Callable[[Messages], str] | None:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # What is wrong with the files reaches the library's own code, which has no common error for it.
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise KalmaGroveError(f"cannot read a tokeniser from {Path(folder)}: {reason}") from error
     if getattr(tokenizer, "chat_template", None) is None:
         return None

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from kalmagrove.errors import first_line
 from kalmagrove.training.extras import require_extra
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.tracking import MetricsWriter
@@ -79,7 +80,7 @@ class TrackedMetrics:
             if tracker is not None:
                 with suppress(Exception):
                     tracker.close()
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             self._warn(f"no more tracking with {self._name}: {reason}; metrics.jsonl goes on")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kalmagrove.data.images.pictures import Picture
 from kalmagrove.data.images.reading import MOST_PIXELS
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 
 MOST_LEVELS = 256
 _LONGEST_LABEL_BYTES = 4096
@@ -62,7 +62,7 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
         raise
     # RuntimeError is a password, NotImplementedError a packing that the library does not have.
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise KalmaGroveError(f"{path} is no sound .npz ({reason}); make or download it again") from error
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -60,7 +60,7 @@ def read_image(path: Path) -> np.ndarray:
         raise KalmaGroveError(_too_large(path)) from None
     # What is wrong with a file reaches the library's own code, which has no common error for it.
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error)
         raise KalmaGroveError(f"{path} is no sound PNG or JPEG image ({reason}); {_REMEDY}") from error
 
 
