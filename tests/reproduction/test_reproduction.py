@@ -16,7 +16,7 @@ from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer, all_of, judge_below
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.cost import study_costs
-from kalmagrove.reproduction.evidence import Evidence, Study, count_spikes, tokens_to_reach, trained_rates
+from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, count_spikes, tokens_to_reach, trained_rates
 from kalmagrove.reproduction.pairs import PAPER
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
@@ -104,8 +104,11 @@ def test_a_spike_is_counted_and_noise_is_not() -> None:
 def make_study(make_results: Callable[..., dict[str, Any]], tmp_path: Path, name: str, **options: Any) -> Study:
     """Our model under the name of the family, and slim beside it."""
     trials, tokens, lost = options.pop("trials", 3), options.pop("tokens", 60_000), options.pop("lost", ())
+    epochs, edge = options.pop("epochs", 1.0), options.pop("edge", False)
     record = make_results(others={"slim-nano": options.pop("slim", (29.0, 29.1, 29.2))}, **options)
-    record["trials"], record["budget"]["tokens"] = trials, tokens
+    record["trials"], record["budget"]["tokens"], record["budget"]["epochs"] = trials, tokens, epochs
+    if edge:
+        record["models"][0]["lr_trials"] = [{"lr_scale": n, "valid_loss": 4.0 - n} for n in (0.5, 1.0, 2.0)]
     for run in (run for run in record["models"][-1]["runs"] if run["seed"] in lost):
         run.update(diverged=True, valid=None, test=None)
     text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
@@ -145,6 +148,8 @@ def test_one_pair_one_seed_or_a_tie_decides_nothing(
     [
         ({"trials": 1}, "learning rates not tuned"),
         ({"tokens": 10_000}, "screening, 5.0 training tokens a parameter"),
+        ({"epochs": 9.0}, "9.0 passes over the text"),
+        ({"edge": True}, "the best learning rate of llama-nano is at the edge"),
         ({"lost": (3,), "ours": (27.0, 27.1, 27.2, 27.1), "llama": (30.0, 30.1, 30.3, 30.2)}, "diverged with seed 3"),
     ],
 )
@@ -159,11 +164,11 @@ def test_what_speaks_against_a_headline_holds_it_back(
 def test_a_part_needs_all_its_measurements(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     def with_part(name: str, **options: Any) -> Study:
         record = make_results(**GOOD | options)
-        record["trials"] = 3
+        record["trials"], record["budget"]["tokens"] = 3, 60_000
         text = json.dumps(record).replace('"ours"', '"llama-nano+arnold"').replace('"llama"', '"llama-nano"')
         return Study(name, tmp_path, Results.from_dict(json.loads(text.replace('"kalma"', '"adamw"'))), {})
 
-    both = with_part("parts"), with_part("long_context")
+    both = with_part("base"), with_part("long_context")
     assert claims_of(*both)["C8"].verdict == "supported"
     assert claims_of(both[0])["C8"].verdict == "undecided"
     slower = with_part("long_context", time_ratios=(1.2, 1.3, 1.4))
@@ -188,8 +193,8 @@ def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[s
     studies = [make_study(make_results, tmp_path, name, **GOOD) for name in PAPER]
     total = studies[0].results.model("kalmagrove-nano").parameters.total
     ratio = total / studies[0].results.model("llama-nano").parameters.total
-    largest = max(pair.ratio("parameters") for pair in PAPER.values())
-    assert claims_of(*studies)["C1"].verdict == ("supported" if ratio <= largest else "not supported")
+    smallest = min(pair.ratio("parameters") for pair in PAPER.values())
+    assert claims_of(*studies)["C1"].verdict == ("supported" if ratio <= smallest else "not supported")
     assert f"{ratio:.2f}x" in claims_of(*studies)["C1"].ours
 
 
@@ -204,9 +209,41 @@ def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str,
         {"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.3), (1.0, 3.05), (2.0, 3.0), (4.0, None))
     ]
     model = Results.from_dict(record).models[0]
-    assert trained_rates(model, 0.1, {0.5, 1.0, 2.0}) == 2.0 and trained_rates(model, 1.0, {0.5, 1.0, 2.0}) == 4.0
-    assert trained_rates(model, 1.0, {1.0, 2.0}) == 2.0
-    assert trained_rates(Results.from_dict(record).models[1], 0.1, {1.0}) is None
+    assert trained_rates(model, 0.1) == TrainedRates(2.0, is_whole=True)
+    # Nothing worse was tried below, so there may be more.
+    assert trained_rates(model, 1.0) == TrainedRates(4.0, is_whole=False)
+    record["models"][0]["lr_trials"] = [{"lr_scale": 1.0, "valid_loss": 3.0}, {"lr_scale": 2.0, "valid_loss": None}]
+    assert trained_rates(Results.from_dict(record).models[0], 0.1) is None
+
+
+def stability(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path, ours: list[float], theirs: list[float]
+) -> Answer:
+    """C6 with calm losses, and the validation losses of trials at x0.25 ... for each side."""
+    record = make_results(**GOOD)
+    record["trials"], record["budget"]["tokens"] = 3, 60_000
+    for model, losses in zip(record["models"], (theirs, ours), strict=True):
+        model["lr_trials"] = [{"lr_scale": 2.0 ** (n - 2), "valid_loss": loss} for n, loss in enumerate(losses)]
+        for run in model["runs"]:
+            run["folder"] = f"{model['name']}-{run['seed']}"
+            metrics = tmp_path / "base" / run["folder"] / "metrics.jsonl"
+            metrics.parent.mkdir(parents=True, exist_ok=True)
+            metrics.write_text("".join(json.dumps({"step": n, "loss": 5.0 - n / 100}) + "\n" for n in range(100)))
+    text = json.dumps(record).replace('"ours"', '"llama-nano+kalma"').replace('"llama"', '"llama-nano"')
+    record = json.loads(text)
+    record["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
+    return claims_of(Study("base", tmp_path / "base", Results.from_dict(record), {}))["C6"]
+
+
+def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
+    assert stability(make_results, tmp_path, wide, narrow).verdict == "supported"
+    assert stability(make_results, tmp_path, narrow, wide).verdict == "not supported"
+    assert stability(make_results, tmp_path, wide, wide).verdict == "undecided"
+    # AdamW's rates go on where nobody looked.
+    assert stability(make_results, tmp_path, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
 
 
 def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
@@ -225,7 +262,7 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     assert claims["C13"]["verdict"] == "undecided" and "recall" in claims["C13"]["ours"]
     assert claims["C3"]["verdict"] == "undecided" and claims["C10"]["verdict"] == "not measured"
     page = (tmp_path / "out" / "claims.md").read_text()
-    for expected in ("Word perplexity on a second text", "paper, KAN large", "kalmagrove-nano, kalma", "## recall"):
+    for expected in ("Word perplexity on a second text", "KAN large", "kalmagrove-nano, kalma", "## recall"):
         assert expected in page
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
     assert main([*words[:3], "--data", str(tmp_path), *words[5:]]) == 2

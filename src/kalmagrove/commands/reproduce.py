@@ -17,7 +17,7 @@ from kalmagrove.training.config import parse_list
 
 EXAMPLES = """\
   kalmagrove reproduce --scale smoke --out runs/smoke                      (minutes on two cores, shows the way)
-  kalmagrove reproduce --scale laptop --data texts/ --only base,parts --out runs/laptop
+  kalmagrove reproduce --scale laptop --data texts/ --only base,large --out runs/laptop
   kalmagrove reproduce --scale paper --dry_run --flops_per_second 3e15
   kalmagrove reproduce --scale paper --nproc 8 --out runs/paper            (WikiText-103 from the Hub)
 
@@ -42,7 +42,7 @@ def make_reproduce_parser() -> ArgumentParser:
     parser.add_argument("--data", type=str, default=None, help="the text; left out: the scale's")
     parser.add_argument("--other_text", type=str, default=None, help="a second text, on which Table 1 is scored too")
     parser.add_argument("--data_folder", type=str, default=None, help="where packed token files are kept")
-    parser.add_argument("--only", type=str, default=None, help="studies divided by commas, such as base,parts,ladder")
+    parser.add_argument("--only", type=str, default=None, help="studies divided by commas, such as base,large,ladder")
     parser.add_argument("--out", type=str, default=None, help="folder of the runs and the page; not for --dry_run")
     parser.add_argument("--dry_run", action="store_true", help="print runs, tokens and FLOPs, and train nothing")
     parser.add_argument("--flops_per_second", type=float, default=None, help="of the whole machine: --dry_run's hours")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.presets import split_parts, split_preset
 from kalmagrove.report.results import FILE_NAME, Model, Results, load_results
+from kalmagrove.report.statistics import Spread, median_spread
 from kalmagrove.reproduction.plan import LADDER, STUDIES
 from kalmagrove.scaling.pages import FIT, LAW_FOLDER
 from kalmagrove.scaling.plan import read_fit
+from kalmagrove.training.config import default_optimizer
 from kalmagrove.training.run_folder import RunFolder
 
 OTHER_TEXT = "other_text.json"
@@ -42,12 +45,28 @@ class Study:
     other_text: Mapping[str, Mapping[int, float]]
 
     def find(self, family: str, *parts: str, optim: str | None = None) -> Model | None:
-        """The model of a family with these parts put into it; None where there is none."""
+        """The model of a family with these parts put into it; None where there is none.
+
+        Args:
+            family: Of the preset.
+            parts: Put into it.
+            optim: Of the model; left out is the family's usual one where there are several.
+        """
+        found = []
         for model in self.results.models:
             preset, has = split_parts(model.preset)
             if split_preset(preset)[0] == family and has == parts and optim in (None, model.optim):
-                return model
-        return None
+                found.append(model)
+        usual = [model for model in found if model.optim == default_optimizer(family)]
+        return next(iter([*usual, *found]), None)
+
+    def time_of(self, model: Model, reference: Model) -> Spread | None:
+        """Ratios of step times that were measured in turns; None where they were not."""
+        own, other = (self.results.time_ratios(one.name) for one in (model, reference))
+        if reference.name == self.results.baseline:
+            return median_spread(own)
+        # Both were measured against a third model, in the same blocks of steps.
+        return median_spread([a / b for a, b in zip(own, other, strict=True)]) if len(own) == len(other) else None
 
     def excess(self, model: Model) -> dict[int, float]:
         """Nats a token above the optimum on the test split of a synthetic task, by seed."""
@@ -59,14 +78,15 @@ class Study:
                 found[run.seed] = float(excess)
         return found
 
-    def spikes(self, model: Model) -> float | None:
-        """Spikes of the training loss in a thousand steps, over all final runs."""
-        counts = []
+    def spikes(self, model: Model) -> dict[int, float]:
+        """Spikes of the training loss in a thousand steps, by seed."""
+        found = {}
         for run in model.runs:
             records = RunFolder(self.folder / run.folder).read_metrics()
-            counts.append(count_spikes([record["loss"] for record in records if record.get("loss") is not None]))
-        steps = sum(steps for _, steps in counts)
-        return 1000 * sum(spikes for spikes, _ in counts) / steps if steps else None
+            spikes, steps = count_spikes([record["loss"] for record in records if record.get("loss") is not None])
+            if steps:
+                found[run.seed] = 1000 * spikes / steps
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,6 +95,11 @@ class Evidence:
 
     studies: Mapping[str, Study]
     laws: Mapping[str, Any] | None
+
+    def study_of(self, *wanted: Callable[[Study], Model | None]) -> Study | None:
+        """The first study that has all of some models, one of enough tokens before one that is a screening."""
+        found = [study for study in self.studies.values() if all(find(study) is not None for find in wanted)]
+        return min(found, key=lambda study: study.results.screening, default=None)
 
 
 def load_evidence(folder: Path) -> Evidence:
@@ -158,20 +183,32 @@ def part_to_reach(model: Model, rival: Model) -> dict[int, float | None]:
     return parts
 
 
-def trained_rates(model: Model, within: float, factors: Collection[float]) -> float | None:
-    """How wide the learning rates are that end within so many nats of the best: the largest over the smallest.
+@dataclass(frozen=True)
+class TrainedRates:
+    """The learning rates around the best that end near it.
 
-    Args:
-        model: Its trials.
-        within: Nats.
-        factors: The trials that count.
+    Attributes:
+        factor: The largest over the smallest.
+        is_whole: Whether worse ones were tried on both sides; else there may be more of them.
     """
-    trials = [trial for trial in model.lr_trials if trial.lr_scale in factors]
-    losses = {trial.lr_scale: trial.valid_loss for trial in trials if trial.valid_loss is not None}
-    if len(losses) < 2:
+
+    factor: float
+    is_whole: bool
+
+
+def trained_rates(model: Model, within: float) -> TrainedRates | None:
+    """The rates of a model's trials that end within so many nats of the best; None where fewer than two did end."""
+    losses = {trial.lr_scale: math.inf if trial.valid_loss is None else trial.valid_loss for trial in model.lr_trials}
+    scales = sorted(losses)
+    if sum(map(math.isfinite, losses.values())) < 2:
         return None
-    good = [scale for scale, loss in losses.items() if loss <= min(losses.values()) + within]
-    return max(good) / min(good)
+    is_good = [losses[scale] <= min(losses.values()) + within for scale in scales]
+    first = last = scales.index(min(scales, key=losses.__getitem__))
+    while first > 0 and is_good[first - 1]:
+        first -= 1
+    while last < len(scales) - 1 and is_good[last + 1]:
+        last += 1
+    return TrainedRates(scales[last] / scales[first], is_whole=first > 0 and last < len(scales) - 1)
 
 
 def mean_of(values: Mapping[int, float]) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.files import write_json_atomic, write_text_atomic
-from kalmagrove.report.results import Model, Results
+from kalmagrove.report.results import Metric, Model, Results, Split
 from kalmagrove.report.statistics import median_spread, ratio_interval
 from kalmagrove.report.table import build_table, format_count, format_score, to_markdown
 from kalmagrove.reproduction.answers import Answer, shown
@@ -15,6 +15,7 @@ from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
 from kalmagrove.reproduction.pairs import PAPER, PaperRow
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
+from kalmagrove.training.config import is_plain_transformer
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
 
@@ -66,22 +67,40 @@ def _is_finished(results: Results) -> bool:
 
 
 def _table_1(evidence: Evidence) -> str:
-    lines = [
-        "| | parameters | time | valid perplexity | test perplexity | test, against the reference (95 %) |",
+    quoted = [
+        "| quoted from the paper | parameters | time | valid | test | test, against the Transformer |",
         "| :-- | --: | --: | --: | --: | --: |",
     ]
     for name, pair in PAPER.items():
-        lines.append(_paper_line(f"paper, Transformer {name}", pair.transformer, pair.transformer))
-        lines.append(_paper_line(f"paper, KAN {name}", pair.ours, pair.transformer))
-        study = evidence.studies.get(name)
-        if study is not None:
-            reference = study.results.model(study.results.baseline)
-            lines += [_our_line(study, model, reference) for model in study.results.models]
-    text = "\n".join(lines) + (
-        "\n\nThe paper's rows are quoted: WikiText-103, 8 V100, minutes an epoch. Time in our rows: of a step, in "
-        "turns in one process, against the reference, the better of gpt2 and llama with AdamW."
+        quoted.append(_paper_line(f"Transformer {name}", pair.transformer, pair.transformer))
+        quoted.append(_paper_line(f"KAN {name}", pair.ours, pair.transformer))
+    studies = [evidence.studies[name] for name in PAPER if name in evidence.studies]
+    parts = [
+        "\n".join(quoted),
+        "WikiText-103, 8 V100, minutes an epoch. Its perplexities are not those of the tables below, whose tokens are "
+        "others: what can be compared are the ratios.",
+        *map(_our_table, studies),
+        *filter(None, map(_other_text, studies)),
+    ]
+    return "\n\n".join(parts)
+
+
+def _our_table(study: Study) -> str:
+    reference = study.results.model(study.results.baseline)
+    lines = [
+        f"| {study.name}, here | parameters | time | valid perplexity | test perplexity | of words, test | "
+        "test, against the reference (95 %) |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+        *(_our_line(study, model, reference) for model in study.results.models),
+    ]
+    plain = [model.name for model in study.results.models if is_plain_transformer(model.preset)]
+    results = study.results
+    return "\n".join(lines) + (
+        f"\n\nPerplexity of tokens of a vocabulary of {results.data.vocab_size:,}; time of a step, in turns in one "
+        "process. The reference is the best on the validation split of the plain Transformers with their usual "
+        f"optimiser, of which there are: {', '.join(plain)}. {results.tokens_per_parameter:.1f} training tokens for "
+        f"each of its parameters, {results.budget.epochs:.1f} passes over the text."
     )
-    return text + "".join(_other_text(evidence.studies[name]) for name in PAPER if name in evidence.studies)
 
 
 def _paper_line(name: str, row: PaperRow, reference: PaperRow) -> str:
@@ -96,12 +115,17 @@ def _our_line(study: Study, model: Model, reference: Model) -> str:
     spread = median_spread(study.results.time_ratios(model.name))
     time = "1" if is_reference else "-" if spread is None else f"{spread.median:.2f}x"
     ratio = ratio_interval(model.by_seed("test", "perplexity"), reference.by_seed("test", "perplexity"))
-    scores = [mean_of(model.by_seed(split, "perplexity")) for split in ("valid", "test")]
-    valid, test = ("-" if score is None else format_score(score) for score in scores)
+    columns: tuple[tuple[Split, Metric], ...] = (
+        ("valid", "perplexity"),
+        ("test", "perplexity"),
+        ("test", "word_perplexity"),
+    )
+    scores = [mean_of(model.by_seed(*column)) for column in columns]
+    shown_scores = " | ".join("-" if score is None else format_score(score) for score in scores)
     name = f"{model.name}, {model.optim}{' (reference)' if is_reference else ''}"
     return (
         f"| {name} | {format_count(model.parameters.total)}, "
-        f"{model.parameters.total / reference.parameters.total:.2f}x | {time} | {valid} | {test} | "
+        f"{model.parameters.total / reference.parameters.total:.2f}x | {time} | {shown_scores} | "
         f"{'1' if is_reference else shown(ratio)} |"
     )
 
@@ -116,7 +140,7 @@ def _other_text(study: Study) -> str:
         + ("" if name == study.results.baseline else f", {shown(ratio_interval(values, reference))}")
         for name, values in scored.items()
     )
-    return f"\n\nWord perplexity on a second text, {study.name}: {found}."
+    return f"Word perplexity on a second text, {study.name}: {found}."
 
 
 def _claims(answers: list[Answer]) -> str:

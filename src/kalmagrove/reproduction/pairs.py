@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kalmagrove.report.results import Model, Split
+from kalmagrove.report.results import Model, Results, Split
 from kalmagrove.report.statistics import Interval, Spread, median_spread, ratio_interval
 from kalmagrove.reproduction.answers import Verdict
 from kalmagrove.reproduction.evidence import Evidence, Study
+
+MOST_EPOCHS = 4.0
+"""Passes over a text up to which tokens are worth about as much as new ones (Muennighoff et al., arXiv:2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,25 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     found += ["learning rates not tuned"] if results.trials == 1 else []
     if results.screening:
         found.append(f"screening, {results.tokens_per_parameter:.1f} training tokens a parameter")
+    if results.budget.epochs > MOST_EPOCHS:
+        found.append(f"{results.budget.epochs:.1f} passes over the text without dropout, which the smaller model bears")
+    if is_at_edge(results, rival):
+        found.append(f"the best learning rate of {rival.name} is at the edge of those that were tried")
+    recheck = results.recheck
+    if recheck is not None and rival.name == results.baseline != recheck.model:
+        found.append(f"{rival.name} was not tried again at full length, but {recheck.model}")
     return found
+
+
+def is_at_edge(results: Results, model: Model) -> bool:
+    """Whether the best rate of a model has no worse one on one of its sides."""
+    recheck = results.recheck
+    trials = recheck.trials if recheck is not None and recheck.model == model.name else model.lr_trials
+    losses = {trial.lr_scale: trial.valid_loss for trial in trials}
+    known = {scale: loss for scale, loss in losses.items() if loss is not None}
+    if len(losses) < 2 or not known:
+        return False
+    return min(known, key=known.__getitem__) in (min(losses), max(losses))
 
 
 def lost_seeds(ours: Model, rival: Model) -> set[int]:

@@ -17,9 +17,8 @@ from kalmagrove.scaling.ladder import SweepConfig
 SCALES = ("smoke", "laptop", "paper")
 LADDER = "ladder"
 STUDIES = {
-    "base": "Table 1, the smaller pair, with the controls llama-plus and slim",
+    "base": "Table 1, the smaller pair, with the controls llama-plus and slim and each part alone",
     "large": "Table 1, the larger pair, with the controls llama-plus and slim",
-    "parts": "the ablation: Grove, Arnold and Kalma, each alone and all together",
     "optimizers": "AdamW, Muon, SOAP and Kalma on both architectures, with more learning rates",
     "long_context": "Arnold alone at a longer context",
     "hierarchy": "the synthetic language with a hierarchy",

@@ -16,19 +16,22 @@ MEMORY_NOISE = 0.02
 
 def parameters(pairs: Pairs) -> Answer:
     """C1."""
-    largest = max(pair.ratio("parameters") for pair in PAPER.values())
     verdicts: list[Verdict] = []
-    for pair in pairs.values():
+    for name, pair in pairs.items():
         if pair is None:
             verdicts.append("not measured")
         else:
-            verdicts.append("supported" if _size(pair) <= largest else "not supported")
+            verdicts.append("supported" if _size(pair) <= PAPER[name].ratio("parameters") else "not supported")
 
     def text(pair: Pair) -> str:
         inner = pair.ours.parameters.non_embedding / pair.rival.parameters.non_embedding
-        return f"{_size(pair):.2f}x ({inner:.2f}x without embeddings)"
+        vocabulary = f"vocabulary {pair.study.results.data.vocab_size:,}"
+        return f"{_size(pair):.2f}x with {vocabulary} ({inner:.2f}x without embeddings)"
 
-    reason = f"supported means at most the paper's own {largest:.2f}x of the better AdamW Transformer, in each pair"
+    reason = (
+        "supported means at most the paper's own ratio to the better AdamW Transformer, in each pair; both have the "
+        "same embeddings, so a larger vocabulary gives a larger ratio"
+    )
     return Answer("C1", "half the parameters", quoted("parameters"), each(pairs, text), all_of(verdicts), reason)
 
 
