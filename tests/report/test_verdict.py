@@ -21,12 +21,25 @@ def diverge(record: dict[str, Any], name: str, *seeds: int) -> None:
         model["runs"][seed] |= {"diverged": True, "valid": None, "test": None}
 
 
-def test_one_seed_that_is_better_and_cheaper(make_results: Make) -> None:
-    assert judge(make_results(ours=(26.4,), llama=(30.0,))) == Verdict(
+def test_one_short_seed_that_nobody_tuned_is_said_to_be_lower_and_decides_nothing(make_results: Make) -> None:
+    record = make_results(ours=(26.4,), llama=(30.0,))
+    assert judge(record) == Verdict(
         "ours reached a test perplexity 12 % lower than llama with 0.50x its parameters and 0.60x its time a step "
-        "(1 seed: no interval, so a small difference may be chance; screening: 5.0 tokens a parameter).",
-        "better",
+        "(1 seed: no interval, so a small difference may be chance; learning rates not tuned; screening: 5.0 tokens a "
+        "parameter).",
+        "undecided",
     )
+    record["trials"], record["budget"]["tokens"] = 3, 40_000
+    assert judge(record).tone == "better"
+
+
+def test_kalmagrove_without_its_controls_is_said_to_have_more_than_grove_and_arnold(make_results: Make) -> None:
+    record = make_results(others={"slim": (29.0,)})
+    models = {model["name"]: model for model in record["models"]}
+    models["ours"]["preset"] = "kalmagrove-mini"
+    assert "tell them apart" not in judge(record).sentence
+    record["models"] = [models["llama"], models["ours"]]
+    assert "optimiser and cheap tricks are in it: slim and llama-plus tell them apart" in judge(record).sentence
 
 
 def test_a_worse_candidate_is_called_worse(make_results: Make) -> None:
@@ -56,7 +69,7 @@ def test_a_small_change_of_one_seed_is_not_claimed(make_results: Make) -> None:
 def test_three_seeds_that_agree_are_claimed_with_their_interval(make_results: Make) -> None:
     found = judge(make_results(ours=(27.0, 27.2, 27.1), llama=(30.0, 30.1, 30.2)))
     assert found.sentence.startswith("ours reached a test perplexity 10 % lower than llama")
-    assert "(3 seeds: 95 % interval of the ratio 0.893 to 0.908; screening" in found.sentence
+    assert "(3 seeds: 95 % interval of the ratio 0.893 to 0.908; learning rates" in found.sentence
     assert "no interval" not in found.sentence
     assert found.tone == "better"
 
