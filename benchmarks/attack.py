@@ -4,17 +4,21 @@
     python benchmarks/attack.py --texts ../texts --settings usual "four times the tokens" --seeds 0 1 2
     python benchmarks/attack.py --texts ../texts --page docs/results/attack.md
 
-Each setting trains llama with AdamW, slim with Kalma and kalmagrove with Kalma; the learning rate of each is tuned on
-the first seed with full runs, x1, x2 and x4 and further while the best is at the edge. --texts is a folder with one
+Each setting trains llama with AdamW, and llama-plus, slim and kalmagrove with Kalma; the learning rate of each is tuned
+on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge. --texts is a folder with one
 for each text (textbooks, technical, biomedical, shakespeare); a text that is not there is passed over by name. A run
-leaves one JSON file under --out and is not repeated. All of it takes about four hours on two slow cores.
+leaves one JSON file under --out, named by its text and all of its options, and is not repeated. All of it takes about
+four hours on two slow cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
+import json
 import math
+import shlex
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +30,7 @@ from kalmagrove.commands.parsing import open_data
 from kalmagrove.data.packing import PackedText, open_packed
 from kalmagrove.files import write_text_atomic
 from kalmagrove.models.accounting import count_parameters
-from kalmagrove.report.statistics import ratio_interval
+from kalmagrove.report.statistics import mean_interval, ratio_interval
 from kalmagrove.reproduction.answers import shown
 from kalmagrove.training.config import (
     DataConfig,
@@ -34,6 +38,8 @@ from kalmagrove.training.config import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    parse_count,
+    plain_options,
 )
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingRun
@@ -42,7 +48,8 @@ from parallel import diverged_in_training, stored, workers
 from tuning import tune
 
 Record = dict[str, Any]
-MODELS = {"llama": "adamw", "slim": "kalma", "kalmagrove": "kalma"}
+MODELS = {"llama": "adamw", "llama-plus": "kalma", "slim": "kalma", "kalmagrove": "kalma"}
+RIVALS = ("llama", "llama-plus", "slim")
 FIRST_RATES = (1.0, 2.0, 4.0)
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
 """The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
@@ -106,13 +113,21 @@ class Job:
     seed: int
     size: str
     data_folder: Path
+    fingerprint: str
     out: Path
 
     @property
+    def averages_tail(self) -> bool:
+        """Whether it is scored with the mean of its last weights."""
+        return self.setting.tail_average and self.model == "llama"
+
+    @property
     def path(self) -> Path:
-        """Its record."""
-        name = self.setting.name.replace(": ", "-").replace(" ", "-")
-        return self.out / self.size / name / f"{self.model}-x{self.lr_scale:g}-seed{self.seed}.json"
+        """Its record; settings that ask a model for the same run share it."""
+        options = json.dumps([plain_options(train_config(self)), self.averages_tail], sort_keys=True)
+        digest = hashlib.sha256(options.encode()).hexdigest()[:8]
+        folder = self.out / self.size / self.fingerprint[:8]
+        return folder / f"{self.model}-x{self.lr_scale:g}-seed{self.seed + self.setting.seed_shift}-{digest}.json"
 
 
 def train_config(job: Job) -> TrainConfig:
@@ -137,13 +152,12 @@ def train_config(job: Job) -> TrainConfig:
 def train(job: Job) -> Record:
     """Trains one model and scores it on the validation and the test split."""
     run = TrainingRun(train_config(job), open_packed(job.data_folder, verify=False))
-    averages = job.setting.tail_average and job.model == "llama"
     first = round(run.total_steps * (1 - TAIL_PART))
     every = max(1, (run.total_steps - first) // TAIL_SAMPLES)
     tail: list[dict[str, torch.Tensor]] = []
 
     def keep_weights() -> None:
-        if averages and run.step > first and (run.step - first) % every == 0:
+        if job.averages_tail and run.step > first and (run.step - first) % every == 0:
             tail.append(copy.deepcopy(run.model.state_dict()))
 
     diverged = diverged_in_training(run, keep_weights)
@@ -184,34 +198,43 @@ def valid_loss(record: Record) -> float:
 
 def row(setting: Setting, rates: dict[str, float], records: list[Record]) -> str:
     """A line of the table."""
+    own = {model: [record for record in records if record["model"] == model] for model in MODELS}
     scores = {
-        model: {r["seed"]: r["test"]["perplexity"] for r in records if r["model"] == model and r["test"] is not None}
-        for model in MODELS
+        model: {r["seed"]: r["test"]["perplexity"] for r in found if r["test"] is not None}
+        for model, found in own.items()
     }
-    ratios = [shown(ratio_interval(scores["kalmagrove"], scores[rival])) for rival in ("llama", "slim")]
+    ratios = [shown(ratio_interval(scores["kalmagrove"], scores[rival])) for rival in RIVALS]
     chosen = ", ".join(f"x{rates[model]:g}" for model in MODELS)
-    mean = math.exp(sum(map(math.log, scores["llama"].values())) / max(1, len(scores["llama"])))
-    return f"| {setting.name} | {setting.tokens} | {mean:.2f} | {ratios[0]} | {ratios[1]} | {chosen} |"
+    lost = {model: len(found) - len(scores[model]) for model, found in own.items()}
+    lost_text = "".join(f" ({count} of {model} diverged)" for model, count in lost.items() if count)
+    mean = mean_interval(list(scores["llama"].values())).mean if scores["llama"] else math.inf
+    of_each = parse_count(setting.tokens) / own["llama"][0]["parameters"]
+    cells = [f"{setting.name}{lost_text}", setting.tokens, f"{of_each:.1f}", f"{mean:.2f}", *ratios, chosen]
+    return f"| {' | '.join(cells)} |"
 
 
 def page(rows: list[str], options: argparse.Namespace) -> str:
     """The page as Markdown."""
-    seeds = " ".join(map(str, options.seeds))
+    words = ["--texts", "texts/", "--size", options.size, "--seeds", *map(str, options.seeds)]
+    if options.settings != [setting.name for setting in SETTINGS]:
+        words += ["--settings", *options.settings]
     environment = describe_environment()
     return "\n".join(
         [
             "# Where it holds and where it fades",
             "",
-            f"    python benchmarks/attack.py --texts texts/ --size {options.size} --seeds {seeds}",
+            f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
-            f"kalmagrove-{options.size} with Kalma against llama-{options.size} with AdamW and slim-{options.size} "
-            "with Kalma, each tuned in each setting (x1, x2, x4 of its usual rates and further while the best was at "
-            f"the edge); ratios of test perplexity, paired by seed. {environment.get('cpu')}, one thread a run. What "
-            f"is not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
-            f"{USUAL.context_length} a step.",
+            f"kalmagrove with Kalma against llama with AdamW, and llama-plus and slim with Kalma, all of size "
+            f"`{options.size}` and tuned in each setting (x1, x2, x4 of their usual rates and further while the best was "
+            "at the edge); ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training "
+            f"tokens a parameter of llama. {environment.get('cpu')}, one thread a run. What is not said is as in the "
+            f"first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a step.",
             "",
-            "| setting | tokens | llama's perplexity | against llama (95 %) | against slim (95 %) | rates, in turn |",
-            "| :-- | --: | --: | --: | --: | --: |",
+            "| setting | tokens | a parameter | llama's perplexity | "
+            + " | ".join(f"against {rival} (95 %)" for rival in RIVALS)
+            + " | rates, in turn |",
+            "| :-- |" + " --: |" * (4 + len(RIVALS)),
             *rows,
             "",
         ]
@@ -246,7 +269,9 @@ def main() -> None:
             data = data_of(setting, options)
             if data is None:
                 continue
-            base = Job(setting, "llama", 1.0, options.seeds[0], options.size, data.folder, options.out)
+            base = Job(
+                setting, "llama", 1.0, options.seeds[0], options.size, data.folder, data.fingerprint, options.out
+            )
             rates = tune(run_all, {model: partial(trial, base, model) for model in MODELS}, valid_loss, FIRST_RATES)
             jobs = [replace(base, model=m, lr_scale=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
             rows.append(row(setting, rates, run_all(jobs)))

@@ -26,7 +26,7 @@ def test_the_description_has_the_facts_of_this_machine() -> None:
     assert described["packages"]["kalmagrove"] == kalmagrove.__version__
     assert described["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert described["packages"]["numpy"] == np.__version__
-    assert set(described["packages"]) == {"kalmagrove", "torch", "transformers", "tokenizers", "numpy", "safetensors"}
+    assert set(described["packages"]) >= {"kalmagrove", "torch", "transformers", "tokenizers", "numpy", "safetensors"}
     assert 1 <= described["usable_cores"] <= (os.cpu_count() or 1)
     assert described["torch_threads"] == torch.get_num_threads()
     assert described["memory_bytes"] is None or described["memory_bytes"] > 64 * MEBIBYTE

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-_PACKAGES = ("kalmagrove", "torch", "transformers", "tokenizers", "numpy", "safetensors")
+_PACKAGES = (
+    "kalmagrove",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "safetensors",
+    "peft",
+    "pytorch-optimizer",
+)
 _CPU_INFORMATION = Path("/proc/cpuinfo")
 _PROCESS_STATUS = Path("/proc/self/status")
 _PROCESS_MARKS = Path("/proc/self/clear_refs")
