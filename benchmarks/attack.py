@@ -229,7 +229,8 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             f"`{options.size}` and tuned in each setting (x1, x2, x4 of their usual rates and further while the best "
             "was at the edge); ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 "
             f"training tokens a parameter of llama. {environment.get('cpu')}, one thread a run. What is not said is as "
-            f"in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a step.",
+            f"in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a "
+            "step.",
             "",
             "| setting | tokens | a parameter | llama's perplexity | "
             + " | ".join(f"against {rival} (95 %)" for rival in RIVALS)

@@ -9,7 +9,8 @@ second moment), alone and "followed", each layer fitted to what the compressed l
 Sharing (arXiv:2410.03765: query, key, value, gate and up of two neighbouring layers over one whitened basis); and units
 of the feed-forward cut by what they send on, with the matrix behind them fitted anew by least squares. Beside them
 stands ours with parts left out: "svd-llm compact" has our storage of factors only, "equal ranks" also our directions
-and the better of two fits on held-out text, "unshared" also our choice of ranks, and "kalmagrove" shared bases too.
+and the better of two fits on held-out text, "ranks alone" also our choice of ranks and of who shares a basis; and
+"kalmagrove" may take away units of a feed-forward too.
 All see the same calibration windows; sizes count all parameters of the model, embeddings included. Time is that of a
 forward of 256 tokens over the dense model's, both in turns. With --refit all are trained as long, by the same loss,
 optimiser and rate, which was not tuned for any of them.

@@ -20,7 +20,7 @@ from kalmagrove.compression.layerwise import Factors, LayerwiseFit
 from kalmagrove.compression.model import has_bias
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import CompressOptions
-from kalmagrove.compression.plan import Choice, Group, choose_ranks
+from kalmagrove.compression.plan import Choice, Group, choose_ranks, merge_groups
 from kalmagrove.compression.planning import make_plan
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments
@@ -232,15 +232,19 @@ def ours(task: Task) -> PreTrainedModel:
     return _fitted(task, store, choices)
 
 
-def ours_unshared(task: Task) -> PreTrainedModel:
-    """Without bases that several matrices read."""
-    store = _own_store(task, "unshared")
+def ours_of_ranks_alone(task: Task) -> PreTrainedModel:
+    """All units stay."""
+    store = _own_store(task, "ranks")
     singles = [store.group((number,), torch.device("cpu")) for number in range(len(task.matrices))]
-    return _fitted(task, store, choose_ranks(singles, task.budget)[0])
+    price = choose_ranks(singles, task.budget)[1]
+    groups = merge_groups(
+        singles, task.matrices, price, lambda members: store.group(members, torch.device("cpu")).losses
+    )
+    return _fitted(task, store, choose_ranks(groups, task.budget)[0])
 
 
 def ours_of_equal_ranks(task: Task) -> PreTrainedModel:
-    """Without shared bases, the same part of every matrix kept."""
+    """All units stay, nothing is shared, and the same part of every matrix is kept."""
     return _fitted(task, _own_store(task, "equal"), _one_each(task, compact_rank))
 
 
@@ -279,7 +283,7 @@ METHODS: dict[str, Callable[[Task], PreTrainedModel]] = {
     "basis sharing": basis_sharing,
     "cut units": cut_units,
     "kalmagrove equal ranks": ours_of_equal_ranks,
-    "kalmagrove unshared": ours_unshared,
+    "kalmagrove ranks alone": ours_of_ranks_alone,
     OURS: ours,
 }
 RIVALS = ("svd", "asvd", "svd-llm", "svd-llm followed", "basis sharing", "cut units")

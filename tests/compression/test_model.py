@@ -14,6 +14,7 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from kalmagrove.adaptors import Adaptors
 from kalmagrove.compression.build import compressed_model
+from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.direct import fit_directly
 from kalmagrove.compression.layerwise import LayerwiseFit
 from kalmagrove.compression.model import CompressedForCausalLM, to_dense
@@ -21,6 +22,7 @@ from kalmagrove.compression.plan import Choice, Group
 from kalmagrove.compression.refit import RefitLength, refit
 from kalmagrove.compression.sites import find_matrices
 from kalmagrove.compression.statistics import Moments, gather_moments
+from kalmagrove.compression.units import find_feed_forwards, order_units
 from kalmagrove.models.accounting import count_parameters
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.merging import merge
@@ -71,14 +73,30 @@ def choices_of(model: PreTrainedModel, share: float) -> list[Choice]:
     return [Choice(group, max(1, int(share * group.full_rank))) for group in groups]
 
 
+def choices_with_units(model: PreTrainedModel, moments: Moments) -> list[Choice]:
+    """Every feed-forward loses units; the other matrices are factors."""
+    matrices = find_matrices(model)
+    feed_forwards = find_feed_forwards(matrices)
+    assert len(feed_forwards) == 3
+    inside = {number for members in feed_forwards for number in members}
+    choices = [choice for choice in choices_of(model, 0.5) if not inside & set(choice.group.members)]
+    for *readers, writer in feed_forwards:
+        order = order_units(moments.inputs[matrices[writer].site], moments.sensitivities[writer])
+        width = matrices[writer].out_features + sum(matrices[number].in_features for number in readers)
+        group = Group((*readers, writer), matrices[writer].in_features, width, order.losses, order.order)
+        choices.append(Choice(group, 5))
+    return choices
+
+
 def moments_of(model: PreTrainedModel) -> Moments:
     matrices = dict(enumerate(find_matrices(model)))
     return gather_moments(model, matrices, WINDOWS, seed=0, precision="fp32")
 
 
-def compressed(name: str, share: float) -> tuple[CompressedForCausalLM, PreTrainedModel]:
+def compressed(name: str, share: float, *, with_units: bool = False) -> tuple[CompressedForCausalLM, PreTrainedModel]:
     dense = dense_model(name)
-    matrices, choices, moments = find_matrices(dense), choices_of(dense, share), moments_of(dense)
+    matrices, moments = find_matrices(dense), moments_of(dense)
+    choices = choices_with_units(dense, moments) if with_units else choices_of(dense, share)
     changed = copy.deepcopy(dense)
     fit = LayerwiseFit(changed, matrices, choices, WINDOWS[:, :-1], precision="fp32")
     factors = {number: own for layer in range(3) for number, own in fit.fit(layer, moments).items()}
@@ -112,6 +130,37 @@ def test_factors_give_what_they_multiply_out_to_in_every_form(name: str, tmp_pat
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     texts = [m.generate(prompt, **options) for m in (loaded, dense)]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_model_without_some_units_is_the_one_whose_units_are_zero_in_every_form(name: str, tmp_path: Path) -> None:
+    model, changed = compressed(name, 0.5, with_units=True)
+    wanted = logits(changed)
+    torch.testing.assert_close(logits(model), wanted, atol=1e-4, rtol=1e-4)
+    matrices = find_matrices(dense_model(name))
+    assert len(model.config.sizes) == sum(len(members) for members in find_feed_forwards(matrices))
+    model.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert torch.equal(logits(again), logits(model))
+    dense = to_dense(model)
+    assert type(dense) is type(changed) and count_parameters(dense).total == count_parameters(changed).total
+    torch.testing.assert_close(logits(dense), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"model.layers.0.mlp.up_proj": [24, 99]}, "cannot be cut to 24 inputs and 99 outputs"),
+        ({"model.layers.0.mlp.up_proj": [24, 0]}, "cannot be cut"),
+    ],
+)
+def test_a_size_that_a_layer_cannot_have_is_refused(sizes: dict[str, list[int]], said: str) -> None:
+    config = CompressedConfig(text_config=dense_model("llama").config, sizes=sizes)
+    with pytest.raises(ValueError, match=said):
+        CompressedForCausalLM(config)
+    with pytest.raises(ValueError, match="has both factors and a size"):
+        CompressedConfig(bases={"a": [1, 2]}, factors={"x": "a"}, sizes={"x": [1, 1]})
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

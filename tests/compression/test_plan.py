@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kalmagrove.compression.plan import Choice, Group, candidates, choose_ranks, merge_groups
+from kalmagrove.compression.plan import Choice, Group, candidates, choose_forms, choose_ranks, merge_groups
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.errors import UsageError
 
@@ -85,3 +85,26 @@ def test_matrices_share_a_basis_exactly_where_that_is_cheaper() -> None:
     assert [g.members for g in merged] == [(0, 1)]
     apart = merge_groups(groups, matrices, 1e-2, lambda members: 1e3 * groups[0].losses + 1.0)
     assert [g.members for g in apart] == [(0,), (1,)]
+
+
+def units(members: tuple[int, ...], count: int, width: int, losses: torch.Tensor) -> Group:
+    return Group(members, count, width, losses, torch.arange(count))
+
+
+def test_the_form_that_costs_less_at_the_price_is_taken() -> None:
+    bases = [group(0, 20, 30, 0.3), group(1, 30, 20, 0.3)]
+    cheap, dear = (units((0, 1), 30, 40, torch.linspace(loss, 0, 31).double()) for loss in (0.01, 100.0))
+    other = [[group(2, 20, 30, 0.3)]]
+    budget = int(0.7 * (3 * 600))
+    assert choose_forms([[bases, [cheap]], other], budget)[0] is cheap
+    assert choose_forms([[bases, [dear]], other], budget)[:2] == bases
+
+
+def test_units_are_chosen_in_steps_and_counted_in_all_matrices() -> None:
+    own = units((0, 1), 960, 30, torch.linspace(1, 0, 961).double())
+    assert own.step == 16 and own.next_rank(944) == 960 and own.next_rank(950) == 960
+    choices, _ = choose_ranks([own, group(2, 20, 30, 0.3)], 20_000)
+    assert choices[0].rank % 16 == 0 and choices[0].parameters == 30 * choices[0].rank
+    assert sum(choice.parameters for choice in choices) <= 20_000
+    assert Choice(own, 16).kept_units.tolist() == list(range(16))
+    assert list(candidates([own, units((2, 3), 960, 30, own.losses)], layers(2))) == []

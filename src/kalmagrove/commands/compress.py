@@ -91,6 +91,9 @@ def _show(result: CompressResult, options: CompressOptions) -> None:
     console = Console()
     console.print(table)
     console.print(f"{result.factorised} matrices are factors, {result.shared} of them share a basis", highlight=False)
+    if result.cut:
+        text = f"{result.cut} feed-forwards keep {result.units_kept:.0%} of their units"
+        console.print(text, highlight=False)
     if result.refit is not None:
         console.print(
             f"refit: {result.refit.loss_before:.4f} to {result.refit.loss_after:.4f} nats a token, "

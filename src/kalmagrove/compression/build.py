@@ -6,13 +6,13 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.layers import CompactBasis, CompactLinear
-from kalmagrove.compression.layerwise import Factors
-from kalmagrove.compression.model import CompressedForCausalLM, has_bias
+from kalmagrove.compression.layerwise import Cut, Factors
+from kalmagrove.compression.model import CompressedForCausalLM, has_bias, resized
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.models.merging import dense_weight
@@ -24,14 +24,20 @@ def compressed_config(
     """The configuration of a dense model whose matrices take the chosen ranks."""
     bases: dict[str, list[int]] = {}
     readers: dict[str, str] = {}
+    sizes: dict[str, list[int]] = {}
     for choice in choices:
         if choice.is_dense:
+            continue
+        if choice.group.is_units:
+            *reading, writing = (matrices[number] for number in choice.group.members)
+            sizes |= {matrix.name: [matrix.in_features, choice.rank] for matrix in reading}
+            sizes[writing.name] = [choice.rank, writing.out_features]
             continue
         # The name of the first matrix that reads it; module names hold no dots.
         name = matrices[choice.group.members[0]].name.replace(".", "-")
         bases[name] = [choice.rank, choice.group.in_features]
         readers |= {matrices[number].name: name for number in choice.group.members}
-    return CompressedConfig(text_config=copy.deepcopy(dense.config), bases=bases, factors=readers)
+    return CompressedConfig(text_config=copy.deepcopy(dense.config), bases=bases, factors=readers, sizes=sizes)
 
 
 @torch.no_grad()
@@ -51,6 +57,9 @@ def compressed_model(
     for number, own in sorted(factors.items()):
         matrix = matrices[number]
         layer = dense.get_submodule(matrix.name)
+        if own.cut is not None:
+            dense.set_submodule(matrix.name, _cut_layer(layer, own, own.cut))
+            continue
         if own.basis is None:
             dense_weight(layer).copy_(own.reader)
             continue
@@ -73,3 +82,15 @@ def compressed_model(
     model.decoder, model.bases = dense, bases.to(next(dense.parameters()).device)
     model.generation_config = copy.deepcopy(dense.generation_config)
     return model.eval()
+
+
+def _cut_layer(layer: nn.Module, own: Factors, cut: Cut) -> nn.Module:
+    """A linear layer of the same kind with fewer outputs or inputs."""
+    out_features, in_features = own.reader.shape
+    made = resized(layer, in_features, out_features).to(own.reader.device)
+    dense_weight(made).copy_(own.reader)
+    if has_bias(layer):
+        bias = layer.bias
+        assert isinstance(bias, Tensor) and isinstance(made.bias, Tensor)
+        made.bias.copy_(bias[cut.kept.long()] if cut.axis == 0 else bias)
+    return made

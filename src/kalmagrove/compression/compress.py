@@ -16,7 +16,7 @@ from kalmagrove.compression.build import compressed_model
 from kalmagrove.compression.calibration import CalibrationText, loss_of, read_calibration_text
 from kalmagrove.compression.direct import fit_directly, put_in
 from kalmagrove.compression.factorise import Compact
-from kalmagrove.compression.layerwise import Factors, LayerwiseFit
+from kalmagrove.compression.layerwise import Cut, Factors, LayerwiseFit
 from kalmagrove.compression.measures import Measures, measure
 from kalmagrove.compression.model import CompressedForCausalLM, to_dense
 from kalmagrove.compression.moment_store import MomentStore
@@ -46,6 +46,8 @@ class CompressResult:
         after: Of the compressed one, on the same windows.
         factorised: Matrices that became factors.
         shared: Of them, those whose basis others read too.
+        cut: Feed-forwards that lost units.
+        units_kept: The part of their units that stays.
         followed: Whether each layer was fitted to what the compressed layers before it give; else to what the dense
             ones gave, where that was better.
         refit: What the refit did, or None.
@@ -55,6 +57,8 @@ class CompressResult:
     after: Measures
     factorised: int
     shared: int
+    cut: int
+    units_kept: float
     followed: bool
     refit: RefitResult | None
 
@@ -105,12 +109,15 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
         # As they will be read again: rounded to the source's type.
         model = model.to(source.dtype).to(torch.float32)
         after = measure(model, text.valid, dtype=source.dtype, precision=precision)
-        factorised = [choice for choice in choices if not choice.is_dense]
+        factorised = [choice for choice in choices if not choice.is_dense and not choice.group.is_units]
+        cut = [choice for choice in choices if not choice.is_dense and choice.group.is_units]
         summary = CompressResult(
             before,
             after,
             factorised=sum(len(choice.group.members) for choice in factorised),
             shared=sum(len(choice.group.members) for choice in factorised if len(choice.group.members) > 1),
+            cut=len(cut),
+            units_kept=sum(c.rank for c in cut) / max(1, sum(c.group.full_rank for c in cut)) if cut else 1.0,
             followed=followed,
             refit=result,
         )
@@ -207,6 +214,9 @@ def _packed(factors: dict[int, Factors]) -> dict[str, Tensor]:
         if own.basis is not None:
             # Of a shared basis every reader keeps a copy: the file holds no two names of one tensor.
             tensors |= {f"{number}.order": own.basis.order.clone(), f"{number}.rest": own.basis.rest.clone()}
+        if own.cut is not None:
+            tensors[f"{number}.kept"] = own.cut.kept
+            tensors[f"{number}.cut"] = torch.tensor([own.cut.size, own.cut.axis])
     return tensors
 
 
@@ -218,7 +228,10 @@ def _unpacked(tensors: dict[str, Tensor], device: torch.device) -> dict[int, Fac
             basis = None
             if f"{number}.rest" in tensors:
                 basis = Compact(tensors[f"{number}.order"].to(device), tensors[f"{number}.rest"].to(device))
-            factors[int(number)] = Factors(basis, tensors[name].to(device))
+            cut = None
+            if f"{number}.cut" in tensors:
+                cut = Cut(tensors[f"{number}.kept"].to(device), *tensors[f"{number}.cut"].tolist())
+            factors[int(number)] = Factors(basis, tensors[name].to(device), cut)
     return factors
 
 

@@ -14,6 +14,7 @@ class CompressedConfig(PretrainedConfig):
         text_config: Configuration of the dense model, or what ``to_dict`` makes of it.
         bases: Rank and width of each shared basis by its name, (rank, in_features).
         factors: The basis that each factorised layer reads, by the layer's name in the dense model.
+        sizes: Inputs and outputs of each layer that has fewer than in the dense model, by its name there.
 
     Raises:
         ValueError: The dense configuration is missing, or a layer names a basis that is not there.
@@ -26,6 +27,7 @@ class CompressedConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         bases: dict[str, list[int]] | None = None,
         factors: dict[str, str] | None = None,
+        sizes: dict[str, list[int]] | None = None,
         **kwargs: Any,
     ) -> None:
         # transformers compares with the defaults of an empty configuration when it writes one.
@@ -33,6 +35,7 @@ class CompressedConfig(PretrainedConfig):
         self.text_config: Any = _config_of(given) if isinstance(given, dict) else given
         self.bases = {name: [int(rank), int(width)] for name, (rank, width) in (bases or {}).items()}
         self.factors = dict(factors or {})
+        self.sizes = {name: [int(inputs), int(outputs)] for name, (inputs, outputs) in (sizes or {}).items()}
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -55,6 +58,9 @@ class CompressedConfig(PretrainedConfig):
         return int(self.text_config.hidden_size)
 
     def _check(self) -> None:
+        both = sorted(self.sizes.keys() & self.factors.keys())
+        if both:
+            raise ValueError(f"the layer {both[0]} has both factors and a size; give one")
         unknown = sorted(set(self.factors.values()) - self.bases.keys())
         if unknown:
             raise ValueError(f"factors name the basis {unknown[0]}, which bases does not hold")

@@ -41,5 +41,6 @@ def describe_compressed(folder: str) -> dict[str, Any] | None:
         "factorised_matrices": len(readers),
         "bases": len(config.bases),
         "matrices_that_share_a_basis": sum(1 for name in readers if readers.count(name) > 1),
+        "cut_layers": len(config.sizes),
         "mean_rank": sum(rank for rank, _ in config.bases.values()) / max(1, len(config.bases)),
     }

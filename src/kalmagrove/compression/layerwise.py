@@ -27,20 +27,50 @@ RIDGE = 0.03
 
 
 @dataclass(frozen=True)
+class Cut:
+    """Rows or columns of a matrix that stay; the others are zero.
+
+    Attributes:
+        kept: Their numbers.
+        size: Of them all.
+        axis: 0 for rows, which are outputs, 1 for columns.
+    """
+
+    kept: Tensor
+    size: int
+    axis: int
+
+
+@dataclass(frozen=True)
 class Factors:
-    """What a matrix becomes: U V^T, or another dense matrix where there is no basis.
+    """What a matrix becomes: U V^T, or another dense matrix, perhaps of fewer rows or columns.
 
     Attributes:
         basis: V^T, or None.
-        reader: U, (out_features, rank), or the matrix, (out_features, in_features).
+        reader: U, (out_features, rank), or the matrix, (out_features, in_features) without what is cut.
+        cut: Which of its rows or columns the matrix has; None is all.
     """
 
     basis: Compact | None
     reader: Tensor
+    cut: Cut | None = None
 
     def product(self) -> Tensor:
         """The matrix, (out_features, in_features)."""
-        return self.reader if self.basis is None else self.reader @ self.basis.matrix()
+        if self.basis is not None:
+            return self.reader @ self.basis.matrix()
+        if self.cut is None:
+            return self.reader
+        shape = list(self.reader.shape)
+        shape[self.cut.axis] = self.cut.size
+        return self.reader.new_zeros(shape).index_copy_(self.cut.axis, self.cut.kept.long(), self.reader)
+
+
+def cut_matrix(weight: Tensor, choice: Choice, number: int) -> Factors:
+    """A matrix of a feed-forward without the units that go: rows of one that reads, columns of the one that writes."""
+    axis = 1 if number == choice.group.members[-1] else 0
+    kept = choice.kept_units.to(weight.device)
+    return Factors(None, weight.index_select(axis, kept).float(), Cut(kept.int(), weight.shape[axis], axis))
 
 
 class LayerwiseFit:
@@ -110,6 +140,9 @@ class LayerwiseFit:
         weight = dense_weight(self.model.get_submodule(self.matrices[number].name)).double() @ change
         if choice.is_dense:
             return Factors(None, weight.float())
+        if choice.group.is_units:
+            # Units that went are zero here, so the regression has put into the others what they said of them.
+            return cut_matrix(weight, choice, number)
         members = choice.group.members
         if members not in self._bases:
             self._bases[members] = self._basis(choice, inputs, change, moments)
@@ -130,7 +163,13 @@ class LayerwiseFit:
 
     def _replace(self, factors: dict[int, Factors]) -> None:
         for number, own in factors.items():
-            dense_weight(self.model.get_submodule(self.matrices[number].name)).copy_(own.product())
+            layer = self.model.get_submodule(self.matrices[number].name)
+            dense_weight(layer).copy_(own.product())
+            if own.cut is not None and own.cut.axis == 0 and isinstance(layer.bias, Tensor):
+                # What went gives nothing, not its bias either.
+                gone = torch.ones(own.cut.size, dtype=torch.bool, device=layer.bias.device)
+                gone[own.cut.kept.long()] = False
+                layer.bias[gone] = 0
 
     def _pass(self, layer: int, original: nn.Module) -> None:
         self._dense.advance(layer, original)

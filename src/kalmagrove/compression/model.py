@@ -31,6 +31,8 @@ class CompressedForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CompressedConfig) -> None:
         super().__init__(config)
         self.decoder = new_model(config.text_config)
+        for name, (in_features, out_features) in config.sizes.items():
+            self.decoder.set_submodule(name, resized(self.decoder.get_submodule(name), in_features, out_features))
         self.bases = nn.ModuleDict({name: CompactBasis(*sizes) for name, sizes in config.bases.items()})
         for name, basis_name in config.factors.items():
             basis = self.bases[basis_name]
@@ -82,6 +84,21 @@ def matrix_sizes(layer: nn.Module) -> tuple[int, int]:
     return layer.in_features, layer.out_features
 
 
+def resized(layer: nn.Module, in_features: int, out_features: int) -> nn.Module:
+    """A linear layer of the same kind with fewer inputs or outputs.
+
+    Raises:
+        ValueError: It would have more.
+    """
+    most = matrix_sizes(layer)
+    if not (1 <= in_features <= most[0] and 1 <= out_features <= most[1]):
+        raise ValueError(f"a layer of {most} cannot be cut to {in_features} inputs and {out_features} outputs")
+    with torch.random.fork_rng(devices=[]):
+        if isinstance(layer, Conv1D):
+            return Conv1D(out_features, in_features)
+        return nn.Linear(in_features, out_features, bias=has_bias(layer))
+
+
 def has_bias(layer: nn.Module) -> bool:
     """Whether a linear layer adds a bias."""
     return getattr(layer, "bias", None) is not None
@@ -110,6 +127,12 @@ def to_dense(model: CompressedForCausalLM) -> PreTrainedModel:
         weights[f"{name}.weight"] = (weight.T if is_transposed else weight).contiguous()
         if has_bias(layer):
             weights[f"{name}.bias"] = layer.bias.clone()
+    for name in model.config.sizes:
+        # Units of zeros give nothing, in whatever places they stand.
+        for part, whole in dense.get_submodule(name).named_parameters():
+            cut = weights[f"{name}.{part}"]
+            weights[f"{name}.{part}"] = cut.new_zeros(whole.shape)
+            weights[f"{name}.{part}"][tuple(map(slice, cut.shape))] = cut
     dense = dense.to(device=reference.device, dtype=reference.dtype)
     dense.load_state_dict(weights, strict=True)
     dense.generation_config = copy.deepcopy(model.generation_config)

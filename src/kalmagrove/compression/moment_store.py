@@ -13,6 +13,7 @@ from kalmagrove.compression.layerwise import sum_of
 from kalmagrove.compression.plan import Group
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments, gather_moments
+from kalmagrove.compression.units import order_units
 from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
 
@@ -92,3 +93,20 @@ class MomentStore:
         root, _ = cholesky_root(sum_of(moments.inputs, sites) / len(sites))
         losses = losses_of_ranks(root, sum_of(moments.sensitivities, members)).cpu()
         return Group(members, own[0].in_features, sum(matrix.out_features for matrix in own), losses)
+
+    def unit_group(self, members: tuple[int, ...], device: torch.device) -> Group:
+        """A feed-forward with what each number of its units costs; it is computed once and kept.
+
+        Args:
+            members: The matrices that read, and at last the one that writes.
+            device: To compute on.
+        """
+        writer = self.matrices[members[-1]]
+        kept = self.work.read_tensors(f"units-{writer.layer}")
+        if kept is None:
+            moments = self.of_layers([writer.layer], device)
+            found = order_units(moments.inputs[writer.site], moments.sensitivities[members[-1]])
+            kept = {"order": found.order.cpu(), "losses": found.losses.cpu()}
+            self.work.write_tensors(f"units-{writer.layer}", kept)
+        width = writer.out_features + sum(self.matrices[number].in_features for number in members[:-1])
+        return Group(members, writer.in_features, width, kept["losses"], kept["order"])

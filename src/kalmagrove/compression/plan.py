@@ -1,8 +1,9 @@
-"""Which matrices share a basis, and of what rank, so that a number of parameters costs the least loss.
+"""Which matrices share a basis, and of what rank, and which units stay, so that parameters cost the least loss.
 
-The losses of :mod:`kalmagrove.compression.factorise` are nats a token for every basis, so all ranks stand on
-one scale: with a price of one parameter, each basis takes the rank at which loss + price x parameters is least, and
-the price is found by bisection. At full rank a matrix stays dense.
+The losses of :mod:`kalmagrove.compression.factorise` and :mod:`kalmagrove.compression.units` are nats a token for every
+basis and every feed-forward, so all ranks and all numbers of units stand on one scale: with a price of one parameter,
+each takes the size at which loss + price x parameters is least, and the price is found by bisection. At full size a
+matrix stays dense.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kalmagrove.compression.sites import Matrix
+from kalmagrove.compression.units import unit_step
 from kalmagrove.errors import UsageError
 
 WRITING = ("o_proj", "down_proj", "c_proj")
@@ -24,39 +26,58 @@ BISECTIONS = 100
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that share a basis.
+    """Matrices that share a basis, or a feed-forward whose units are chosen.
 
     Attributes:
-        members: Their numbers in the list of all matrices, rising.
-        in_features: Width of the basis.
-        out_features: Of all matrices that read it together.
+        members: Their numbers in the list of all matrices, rising; of a feed-forward the last is the one that writes.
+        in_features: Width of the basis, or the units.
+        out_features: Of all matrices that read the basis together, or the numbers of a unit.
         losses: Nats a token that ranks 0 ... in_features cost.
+        order: Of a feed-forward, its units, those that stay longest first; None of a basis. Its "rank" is how many of
+            them stay.
     """
 
     members: tuple[int, ...]
     in_features: int
     out_features: int
     losses: Tensor
+    order: Tensor | None = None
+
+    @property
+    def is_units(self) -> bool:
+        """Whether it is a feed-forward whose units are chosen."""
+        return self.order is not None
 
     @property
     def full_rank(self) -> int:
         """From which rank on a dense matrix is as small."""
-        return min(self.in_features, self.out_features)
+        return self.in_features if self.is_units else min(self.in_features, self.out_features)
+
+    @property
+    def step(self) -> int:
+        """Between ranks that can be chosen; the full one can be, too."""
+        return unit_step(self.in_features) if self.is_units else 1
 
     def parameters(self, rank: int) -> int:
-        """Of the basis and all its readers."""
+        """Of the basis and all its readers, or of the units that stay."""
         if rank >= self.full_rank:
             return self.in_features * self.out_features
-        return rank * (self.in_features + self.out_features - rank)
+        return rank * (self.out_features if self.is_units else self.in_features + self.out_features - rank)
+
+    def next_rank(self, rank: int) -> int:
+        """The rank that can be chosen above another one."""
+        return min(rank + self.step, self.full_rank)
 
     def best_rank(self, price: float) -> tuple[int, float]:
-        """The rank, from 1, of the least loss + price x parameters, and that sum."""
-        ranks = torch.arange(1, self.full_rank + 1, dtype=torch.float64)
-        losses = self.losses[1 : self.full_rank + 1].clone()
+        """The rank of the least loss + price x parameters, and that sum; a dense matrix loses nothing."""
+        ranks = torch.arange(min(self.step, self.full_rank), self.full_rank, self.step)
+        ranks = torch.cat((ranks, torch.tensor([self.full_rank])))
+        losses = self.losses[ranks].clone()
         losses[-1] = 0
-        sums = losses + price * ranks * (self.in_features + self.out_features - ranks)
+        each = self.out_features if self.is_units else self.in_features + self.out_features - ranks
+        sums = losses + price * (ranks * each).double()
         best = int(sums.argmin())
-        return best + 1, float(sums[best])
+        return int(ranks[best]), float(sums[best])
 
 
 @dataclass(frozen=True)
@@ -67,8 +88,14 @@ class Choice:
     rank: int
 
     @property
+    def kept_units(self) -> Tensor:
+        """Of a feed-forward: the units that stay, rising."""
+        assert self.group.order is not None
+        return self.group.order[: self.rank].sort().values
+
+    @property
     def is_dense(self) -> bool:
-        """Whether nothing is factorised."""
+        """Whether nothing is factorised or taken away."""
         return self.rank >= self.group.full_rank
 
     @property
@@ -87,17 +114,38 @@ def choose_ranks(groups: Sequence[Group], budget: int) -> tuple[list[Choice], fl
     Raises:
         UsageError: Even rank 1 everywhere is more.
     """
-    least = sum(group.parameters(1) for group in groups)
+    least = sum(group.parameters(group.next_rank(0)) for group in groups)
     if budget < least:
         raise UsageError(f"rank 1 everywhere has {least:,} parameters, the budget is {budget:,}; keep more")
+    price = _price_of(lambda price: _at_price(groups, price), budget)
+    return _spend_rest(_at_price(groups, price), budget), price
+
+
+def choose_forms(forms: Sequence[Sequence[Sequence[Group]]], budget: int) -> list[Group]:
+    """The better form of every part of a model: bases of its matrices, or its units.
+
+    Args:
+        forms: Of each part, the groups of each form that it may take.
+        budget: Parameters of all parts together.
+    """
+
+    def at_price(price: float) -> list[Group]:
+        best = (min(part, key=lambda form: sum(g.best_rank(price)[1] for g in form)) for part in forms)
+        return [group for form in best for group in form]
+
+    return at_price(_price_of(lambda price: _at_price(at_price(price), price), budget))
+
+
+def _price_of(choices_at: Callable[[float], list[Choice]], budget: int) -> float:
+    """The lowest price of a parameter at which the choices are within the budget."""
     low, high = 1e-18, 1e6
     for _ in range(BISECTIONS):
         price = (low * high) ** 0.5
-        if sum(choice.parameters for choice in _at_price(groups, price)) > budget:
+        if sum(choice.parameters for choice in choices_at(price)) > budget:
             low = price
         else:
             high = price
-    return _spend_rest(_at_price(groups, high), budget), high
+    return high
 
 
 def merge_groups(
@@ -142,7 +190,7 @@ def merge_groups(
 
 def candidates(groups: Sequence[Group], matrices: Sequence[Matrix]) -> Iterator[tuple[Group, Group]]:
     """Pairs of groups that may share a basis: of one site, or of the same kinds in layers that follow each other."""
-    for first, second in combinations(groups, 2):
+    for first, second in combinations([group for group in groups if not group.is_units], 2):
         one, other = ([matrices[number] for number in group.members] for group in (first, second))
         sites = {matrix.site for matrix in (*one, *other)}
         if len(sites) == 1:
@@ -168,12 +216,14 @@ def _spend_rest(choices: list[Choice], budget: int) -> list[Choice]:
         for place, choice in enumerate(choices):
             if choice.is_dense:
                 continue
-            cost = choice.group.parameters(choice.rank + 1) - choice.parameters
-            gain = float(choice.group.losses[choice.rank] - choice.group.losses[choice.rank + 1])
+            larger = choice.group.next_rank(choice.rank)
+            cost = choice.group.parameters(larger) - choice.parameters
+            gain = float(choice.group.losses[choice.rank] - choice.group.losses[larger])
             if cost <= left and (best is None or gain / max(1, cost) > best[0]):
                 best = gain / max(1, cost), place, cost
         if best is None:
             return choices
         _, place, cost = best
-        choices[place] = Choice(choices[place].group, choices[place].rank + 1)
+        group = choices[place].group
+        choices[place] = Choice(group, group.next_rank(choices[place].rank))
         left -= cost

@@ -14,11 +14,13 @@ from kalmagrove.compression.calibration import CalibrationText, loss_of
 from kalmagrove.compression.layerwise import LayerwiseFit
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import CompressOptions
-from kalmagrove.compression.plan import Choice, Group, choose_ranks, merge_groups
+from kalmagrove.compression.plan import Choice, Group, choose_forms, choose_ranks, merge_groups
 from kalmagrove.compression.sites import Matrix
+from kalmagrove.compression.units import find_feed_forwards
 from kalmagrove.errors import UsageError
 
 SEARCH_STEPS = 6
+Forms = list[list[list[Group]]]
 
 
 def smallest_part(dense: PreTrainedModel, matrices: Sequence[Matrix]) -> float:
@@ -76,29 +78,43 @@ def make_plan(
     Raises:
         UsageError: What is asked for cannot be reached.
     """
-    device = next(dense.parameters()).device
     kept = store.work.read_json("plan")
     if kept is not None:
         return _unpacked(kept, store)
-    singles = []
-    for number in range(len(store.matrices)):
-        singles.append(store.group((number,), device))
-        progress("planning ranks", (number + 1) / len(store.matrices))
     if options.rank is not None:
+        singles = [form[0] for part in _forms(dense, store, progress, with_units=False) for form in part]
         choices = [Choice(group, min(options.rank, group.full_rank)) for group in singles]
     elif options.keep is not None:
-        choices = _plan_for(options.keep, singles, dense, store)
+        choices = _plan_for(options.keep, _forms(dense, store, progress), dense, store)
     else:
         assert options.target_ppl is not None
-        choices = _search(options.target_ppl, singles, dense, store, text, precision, progress)
+        forms = _forms(dense, store, progress)
+        choices = _search(options.target_ppl, forms, dense, store, text, precision, progress)
     store.work.write_json("plan", _packed(choices))
     return choices
 
 
-def _plan_for(keep: float, singles: Sequence[Group], dense: PreTrainedModel, store: MomentStore) -> list[Choice]:
-    """Ranks for single matrices give the price at which matrices share bases; then the ranks of the groups."""
+def _forms(
+    dense: PreTrainedModel, store: MomentStore, progress: Callable[[str, float], None], *, with_units: bool = True
+) -> Forms:
+    """Of each part of the model the groups of each form that it may take: bases of its matrices, or its units."""
+    device = next(dense.parameters()).device
+    feed_forwards = find_feed_forwards(store.matrices) if with_units else []
+    inside = {number for members in feed_forwards for number in members}
+    parts = [*((number,) for number in range(len(store.matrices)) if number not in inside), *feed_forwards]
+    forms: Forms = []
+    for done, members in enumerate(sorted(parts), start=1):
+        bases = [store.group((number,), device) for number in members]
+        forms.append([bases, [store.unit_group(members, device)]] if members in feed_forwards else [bases])
+        progress("planning ranks", done / len(parts))
+    return forms
+
+
+def _plan_for(keep: float, forms: Forms, dense: PreTrainedModel, store: MomentStore) -> list[Choice]:
+    """Forms and sizes of single matrices give the price at which matrices share bases; then the ranks of the groups."""
     total = sum(parameter.numel() for parameter in dense.parameters())
     budget = int(keep * total) - total + sum(matrix.in_features * matrix.out_features for matrix in store.matrices)
+    singles = choose_forms(forms, budget)
     choices, price = choose_ranks(singles, budget)
     if all(choice.is_dense for choice in choices):
         return choices
@@ -109,7 +125,7 @@ def _plan_for(keep: float, singles: Sequence[Group], dense: PreTrainedModel, sto
 
 def _search(
     target: float,
-    singles: Sequence[Group],
+    forms: Forms,
     dense: PreTrainedModel,
     store: MomentStore,
     text: CalibrationText,
@@ -119,10 +135,10 @@ def _search(
     """The smallest model within the target, by bisection of the part that is kept."""
     kept = store.work.read_json("search") or {"step": 0, "low": smallest_part(dense, store.matrices), "high": 1.0}
     low, high = kept["low"], kept["high"]
-    best = _unpacked(kept["best"], store) if "best" in kept else _plan_for(1.0, singles, dense, store)
+    best = _unpacked(kept["best"], store) if "best" in kept else _plan_for(1.0, forms, dense, store)
     for step in range(kept["step"], SEARCH_STEPS):
         keep = (low + high) / 2
-        choices = _plan_for(keep, singles, dense, store)
+        choices = _plan_for(keep, forms, dense, store)
         if _perplexity_of(choices, dense, store, text, precision) <= target:
             best, high = choices, keep
         else:
@@ -144,14 +160,20 @@ def _perplexity_of(
 
 
 def _packed(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    return [{"members": list(choice.group.members), "rank": choice.rank} for choice in choices]
+    return [
+        {"members": list(choice.group.members), "rank": choice.rank, "is_units": choice.group.is_units}
+        for choice in choices
+    ]
 
 
 def _unpacked(values: list[dict[str, Any]], store: MomentStore) -> list[Choice]:
     choices = []
     for value in values:
-        own = [store.matrices[number] for number in value["members"]]
+        members = tuple(value["members"])
+        if value["is_units"]:
+            choices.append(Choice(store.unit_group(members, torch.device("cpu")), value["rank"]))
+            continue
+        own = [store.matrices[number] for number in members]
         out_features = sum(matrix.out_features for matrix in own)
-        group = Group(tuple(value["members"]), own[0].in_features, out_features, torch.zeros(0))
-        choices.append(Choice(group, value["rank"]))
+        choices.append(Choice(Group(members, own[0].in_features, out_features, torch.zeros(0)), value["rank"]))
     return choices
