@@ -321,3 +321,20 @@ def test_results_are_plain_numbers(options: CompressOptions) -> None:
     result = compress(options)
     assert isinstance(result, CompressResult)
     assert json.loads(json.dumps(result.to_dict()))["before"]["tokens_per_second"] > 0
+
+
+def test_units_of_feed_forwards_go_where_that_costs_less(options: CompressOptions, tmp_path: Path) -> None:
+    """A feed-forward whose second half repeats its first loses half of its units and nothing else."""
+    source = tmp_path / "doubled"
+    model = AutoModelForCausalLM.from_pretrained(options.source)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            half = layer.mlp.up_proj.out_features // 2
+            for part in (layer.mlp.gate_proj, layer.mlp.up_proj):
+                part.weight[half:] = part.weight[:half]
+    shutil.copytree(options.source, source)
+    model.save_pretrained(source)
+    result = compress(replace(options, source=str(source), keep=0.8))
+    assert result.cut >= 2 and result.units_kept < 0.8
+    assert result.after.perplexity < 1.05 * result.before.perplexity
+    assert AutoModelForCausalLM.from_pretrained(options.out).config.sizes
