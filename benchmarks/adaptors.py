@@ -53,7 +53,18 @@ SCORED_TOKENS, GRADIENT_TOKENS, WARMUP_PART = 65536, 65536, 0.1
 CPU = torch.device("cpu")
 ROUNDS = 4
 RATES = {"full": 1e-3, "lora": 7e-3, "xs": 3e-2, "core": 4e-3, "rounds": 2e-3, "dense": 2e-3}
-METHODS = ("full-0", "lora-1", "lora-4", "lora-16", "core-12", "core-128", "rounds-8", "rounds-32", "xs-14")
+METHODS = (
+    "full-0",
+    "lora-1",
+    "lora-4",
+    "lora-16",
+    "lora-16x3",
+    "core-12",
+    "core-128",
+    "rounds-8",
+    "rounds-32",
+    "xs-14",
+)
 
 Record = dict[str, Any]
 
@@ -65,7 +76,7 @@ class Job:
     Attributes:
         method: full-0, or a rank behind lora, core (diagonal, the gradient's bases), rounds (the same, so many more
             in each of four parts of the training), dense (the gradient's bases) or xs (dense, the weights' bases:
-            LoRA-XS).
+            LoRA-XS). With x3 behind it the training reads its tokens three times.
         domain: Folder of the shared texts.
         lr_scale: Multiplies the method's usual rate.
         seed: Of the order of the data and of LoRA's first factor.
@@ -91,15 +102,35 @@ class Job:
         return f"{self.base[:8]}-{sizes}/{self.domain}/{self.method}-x{self.lr_scale:g}-seed{self.seed}"
 
     @property
+    def kind(self) -> str:
+        """The method without its rank."""
+        return self.method.split("-")[0]
+
+    @property
+    def rank(self) -> int:
+        """Of the method."""
+        return int(self.method.split("-")[1].split("x")[0])
+
+    @property
+    def passes(self) -> int:
+        """Through the tokens."""
+        return int(self.method.partition("x")[2] or 1) if self.kind != "xs" else 1
+
+    @property
     def steps(self) -> int:
         """Optimiser steps."""
+        return self.passes * self.steps_of_a_pass
+
+    @property
+    def steps_of_a_pass(self) -> int:
+        """Optimiser steps that read all tokens once."""
         return self.tokens // (self.batch_size * self.context_length)
 
     def batches(self, data: PackedText, steps: range) -> Iterator[Tensor]:
         """Tokens of steps, (sequences, context + 1)."""
         tokens, sizes = data.tokens("train"), {"context_length": self.context_length, "batch_size": self.batch_size}
         for step in steps:
-            yield torch.from_numpy(batch_at(tokens, **sizes, seed=self.seed, step=step))
+            yield torch.from_numpy(batch_at(tokens, **sizes, seed=self.seed, step=step % self.steps_of_a_pass))
 
 
 def run_job(job: Job, *, base: Path, data: dict[str, Path], out: Path) -> Record:
@@ -113,7 +144,7 @@ def adapt(job: Job, base: Path, data: dict[str, Path]) -> Record:
     model = merge(as_decoder(load_model(base))).requires_grad_(False)
     before = losses(job, model, opened)
     began = time.monotonic()
-    if job.method.startswith("rounds"):
+    if job.kind == "rounds":
         parameters = train_in_rounds(job, model, opened[job.domain])
     else:
         parameters = trained_parameters(job, model, opened[job.domain])
@@ -149,7 +180,7 @@ def losses(job: Job, model: KalmaGroveForCausalLM, opened: dict[str, PackedText]
 
 def trained_parameters(job: Job, model: KalmaGroveForCausalLM, data: PackedText) -> list[nn.Parameter]:
     """Puts the method's parameters into the model."""
-    kind, rank = job.method.split("-")[0], int(job.method.split("-")[1])
+    kind, rank = job.kind, job.rank
     if kind == "full":
         return list(model.requires_grad_(True).parameters())
     if kind == "lora":
@@ -178,7 +209,7 @@ def loss_sum(model: KalmaGroveForCausalLM, tokens: Tensor) -> Tensor:
 
 def optimizer_of(job: Job, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
     """AdamW at the method's rate, the same for every method."""
-    peak = RATES[job.method.split("-")[0]] * job.lr_scale
+    peak = RATES[job.kind] * job.lr_scale
     return torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)
 
 
@@ -187,7 +218,7 @@ def train_steps(
 ) -> None:
     """Some steps of a run whose schedule is linear over all of them."""
     (group,) = optimizer.param_groups
-    peak = RATES[job.method.split("-")[0]] * job.lr_scale
+    peak = RATES[job.kind] * job.lr_scale
     for step, tokens in zip(steps, job.batches(data, steps), strict=True):
         group["lr"] = peak * learning_rate_factor("linear", step, job.steps, round(WARMUP_PART * job.steps))
         with autocast(choose_precision("auto", CPU), CPU):
@@ -200,7 +231,7 @@ def train_steps(
 
 def train_in_rounds(job: Job, model: KalmaGroveForCausalLM, data: PackedText) -> list[nn.Parameter]:
     """Cores that gain directions before each part of the training, found in that part's own tokens."""
-    adaptors, rank = Adaptors(model), int(job.method.split("-")[1])
+    adaptors, rank = Adaptors(model), job.rank
     most = -(-GRADIENT_TOKENS // (job.batch_size * job.context_length))
     optimizer: torch.optim.AdamW | None = None
     for number in range(ROUNDS):
