@@ -159,7 +159,7 @@ def _open_examples(config: DataConfig, may_prepare: bool) -> TrainingData:
     folder = default_examples_folder(config.modality, config.source, config.seed, options, root=Path(config.folder))
     _require_here(folder, may_prepare)
     with DataProgress() as progress:
-        source = example_source(config.modality, config.source, seed=config.seed, options=options)
+        source = example_source(config.modality, config.source, seed=config.seed, options=options, progress=progress)
         return prepare_examples(source, folder, progress=progress)
 
 

@@ -8,7 +8,7 @@ import time
 from kalmagrove.live_display import LiveDisplay
 
 SECONDS_BETWEEN_LINES = 5.0
-_STAGES = {"tokenizer": "training the tokeniser", "packing": "tokenising and packing"}
+_STAGES = {"reading": "reading the images", "tokenizer": "training the tokeniser", "packing": "tokenising and packing"}
 
 
 class DataProgress(LiveDisplay):

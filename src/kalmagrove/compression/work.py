@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import fsync_file, remove, remove_abandoned, temporary_name, write_json_atomic
+from kalmagrove.files import remove, whole_file, write_json_atomic
 from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 
 
@@ -75,17 +74,12 @@ class WorkFolder:
             OSError: They could not be written; nothing of that name is there.
         """
         path = self.path / f"{name}.safetensors"
-        remove_abandoned(path)
-        temporary = temporary_name(path)
         try:
-            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
-            fsync_file(temporary)
-            os.replace(temporary, path)
+            with whole_file(path) as temporary:
+                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
         except SafetensorError as error:
             # The library hides the error number of a full disk in its own exception.
             raise OSError(f"{path} could not be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def read_json(self, name: str) -> Any:
         """The document of a name, or None where it is not done.

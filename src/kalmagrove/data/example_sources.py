@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.data.examples import ExampleSource
+from kalmagrove.data.packing import Progress
 from kalmagrove.errors import UsageError
 
 
-def example_source(modality: str, path: str, *, seed: int, options: Mapping[str, Any]) -> ExampleSource:
+def example_source(
+    modality: str, path: str, *, seed: int, options: Mapping[str, Any], progress: Progress | None = None
+) -> ExampleSource:
     """Tables, images or both, ready to be packed.
 
     Args:
@@ -20,6 +23,7 @@ def example_source(modality: str, path: str, *, seed: int, options: Mapping[str,
         path: A file or a folder.
         seed: Divides what has no splits.
         options: Of the modality; what is left out has its usual value.
+        progress: Called now and then with ``"reading"`` and the bytes of pixels that were read.
 
     Raises:
         UsageError: The modality does not take an option.
@@ -32,11 +36,11 @@ def example_source(modality: str, path: str, *, seed: int, options: Mapping[str,
     if modality == "image":
         from kalmagrove.data.images.source import image_source
 
-        return image_source(path, seed=seed, **options)
+        return image_source(path, seed=seed, progress=progress, **options)
     if modality == "mixed":
         from kalmagrove.data.mixed.source import mixed_source
 
-        return mixed_source(path, seed=seed, **options)
+        return mixed_source(path, seed=seed, progress=progress, **options)
     raise UsageError(f"--data.modality must be text, table, image or mixed, got {modality!r}")
 
 

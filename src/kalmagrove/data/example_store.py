@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ import torch
 from kalmagrove.data.batches import shuffled_order
 from kalmagrove.data.example_places import place_parts
 from kalmagrove.data.examples import Example, ExampleSource
-from kalmagrove.data.packing import MANIFEST, SplitInfo
+from kalmagrove.data.packing import MANIFEST, Progress, SplitInfo
 from kalmagrove.data.splits import SPLITS
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from kalmagrove.errors import KalmaGroveError, UsageError
@@ -27,8 +26,6 @@ from kalmagrove.modalities.sequences import Sequences
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-Progress = Callable[[str, int], None]
 
 FORMAT = "examples-1"
 SCHEMA = "modality.json"

@@ -6,10 +6,7 @@ They are written as tasks of lm-eval (EleutherAI's evaluation harness), so its c
 from __future__ import annotations
 
 import difflib
-import gzip
 import json
-import lzma
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -18,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from kalmagrove.data.sources import is_unicode, iter_lines
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import write_text_atomic
 
@@ -142,7 +140,7 @@ def write_task_folder(rows: dict[str, list[dict[str, Any]]], folder: Path) -> No
 
 
 def _rows(task: Task, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(iter_lines(path, longest=None), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -177,15 +175,4 @@ def _wrong_choices(choices: Any, gold: Any) -> str | None:
 
 def _is_text(value: Any) -> bool:
     # A lone surrogate is legal in JSON and in no text.
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= sign <= "\udfff" for sign in value)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    openers: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open}
-    try:
-        with openers.get(path.suffix, open)(path, "rt", encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise KalmaGroveError(f"{path} is not text in UTF-8; convert it") from error
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise KalmaGroveError(f"{path} is damaged or cut short and cannot be unpacked; fetch it again") from error
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.locks import LOCK_NAME
+from kalmagrove.locks import LOCK_NAME, is_locked
 from kalmagrove.training.checkpoint import checkpoint_path, named_steps
 from kalmagrove.training.run_folder import RunFolder
 
@@ -249,27 +248,9 @@ def is_in_use(folder: Path) -> bool:
     try:
         _require_regular(folder / LOCK_NAME)
         with (folder / LOCK_NAME).open("rb") as file:
-            return _is_locked(file)
+            return is_locked(file)
     except (KalmaGroveError, OSError):
         return False
-
-
-def _is_locked(file: IO[bytes]) -> bool:
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-        else:
-            import fcntl
-
-            # Given back at once: a run that wants the folder in between is refused.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_UN)
-    except (BlockingIOError, PermissionError):
-        return True
-    return False
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

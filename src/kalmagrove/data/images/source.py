@@ -98,7 +98,7 @@ def image_source(
         )
     size = None if image_size is None else parse_size(image_size)
     found = find_pictures(path)
-    survey = survey_pictures(found, source=path, size=size, seed=seed, progress=progress or (lambda stage, done: None))
+    survey = survey_pictures(found, source=path, size=size, seed=seed, progress=progress)
     if learns == "labels" and not survey.classes:
         raise UsageError(f"{path} has no labels to learn; leave data.learns out, or give every image a class")
     patch_size = choose_patch_size(survey.height, survey.width, patch_size)

@@ -120,7 +120,7 @@ def survey_pictures(
     source: str,
     size: tuple[int, int] | None,
     seed: int,
-    progress: Callable[[str, int], None],
+    progress: Callable[[str, int], None] | None = None,
 ) -> Survey:
     """Reads every image once.
 
@@ -143,7 +143,8 @@ def survey_pictures(
         before = len(seen.digests)
         for picture in pictures():
             read += seen.add(picture, is_fitted=size is not None)
-            progress("reading", read)
+            if progress is not None:
+                progress("reading", read)
         counts[name] = len(seen.digests) - before
     places = _divide(seen, counts, source, seed)
     in_train = places == SPLITS.index("train")

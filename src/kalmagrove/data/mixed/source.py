@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,7 @@ def mixed_source(
     patch_size: int | None = None,
     scan: Scan = "z-order",
     image_size: str | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> ExampleSource:
     """The lines of a JSONL, ready to be packed.
 
@@ -71,6 +72,7 @@ def mixed_source(
         patch_size: As for `image_source`.
         scan: As for `image_source`.
         image_size: As for `image_source`.
+        progress: As for `image_source`.
 
     Raises:
         KalmaGroveError: A line, an image or a row cannot be used; it is named.
@@ -87,7 +89,7 @@ def mixed_source(
     if any(piece.image is not None for _, row in rows() for piece in row.pieces):
         size = None if image_size is None else parse_size(image_size)
         found: dict[str, Pictures] = {split: partial(_pictures, path, seed, split) for split in SPLITS}
-        survey = survey_pictures(found, source=path, size=size, seed=seed, progress=lambda stage, done: None)
+        survey = survey_pictures(found, source=path, size=size, seed=seed, progress=progress)
         content.append(survey.content)
         patch_size = choose_patch_size(survey.height, survey.width, patch_size)
         looks = {"patch_size": patch_size, "scan": scan, "is_fitted": size is not None, "predicts_pixels": True}
