@@ -2,6 +2,7 @@
 
     python benchmarks/adaptors.py --domains biomedical --seeds 0
     python benchmarks/adaptors.py --base runs/book --seeds 0 1 2 --tokens 1m
+    python benchmarks/adaptors.py --base runs/book --tokens 250k --page docs/results/adaptors.md
 
 Needs ../shared/data and the extra "peft". Without --base a kalmagrove-mini is trained on the textbooks first. All
 methods adapt the base's dense form, see the same tokens in the same order, and are tuned alike: each at its rates of
@@ -9,7 +10,8 @@ methods adapt the base's dense form, see the same tokens in the same order, and 
 with the other seeds. Cores between the gradient's bases read the first tokens of the training once more before it, to
 find the bases: no other text, but more time, which the table shows. Gain is the fall of the domain's test loss in nats
 a token, forgetting the rise of that of the base's own text; shares of LoRA's gain are paired by seed. A run leaves one
-JSON file and is not repeated; the table comes at the end, from the files.
+JSON file and is not repeated; the table comes at the end, from the files. With --page it is put into that page too, and
+the numbers of the runs into the .json file beside it.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, Opti
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.trainer import train
+from marked import fill_page, keep_records
 from parallel import stored, workers
 from tuning import tune
 
@@ -333,6 +336,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="1m")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/adaptors"))
+    parser.add_argument("--page", type=Path)
     options = parser.parse_args()
     base = options.base or trained_base(options.out)
     tokenizer = str(base / "model")
@@ -341,7 +345,8 @@ def main() -> None:
     identity = model_fingerprint(load_model(base))
     job = partial(Job, tokens=parse_count(options.tokens), base=identity)
     run = partial(run_job, base=base, data=data, out=options.out)
-    tables = []
+    tables: dict[str, str] = {}
+    records: list[Record] = []
     with workers(run, describe, options.workers) as run_all:
         for domain in options.domains:
             first, *others = options.seeds
@@ -349,8 +354,12 @@ def main() -> None:
             scales = tune(run_all, trials, lost_gain, options.lr_scales)
             seeds = [first, *others]
             found = run_all([job(m, domain, scales[m], seed) for m in options.methods for seed in seeds])
-            tables.append(table(domain, {m: [r for r in found if r["method"] == m] for m in options.methods}))
-    print("\n" + "\n\n".join(tables))
+            tables[domain] = table(domain, {m: [r for r in found if r["method"] == m] for m in options.methods})
+            records += [{name: value for name, value in record.items() if name != "environment"} for record in found]
+    print("\n" + "\n\n".join(tables.values()))
+    if options.page is not None:
+        keep_records(options.page.with_suffix(".json"), records, ("domain", "method", "seed", "tokens", "base"))
+        fill_page(options.page, tables, heading="# Adaptors\n")
 
 
 if __name__ == "__main__":

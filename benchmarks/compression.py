@@ -2,6 +2,7 @@
 
     python benchmarks/compression.py --source runs/smollm2-135m --out runs/compression
     python benchmarks/compression.py --source runs/smollm2-135m --out runs/compression --keep 0.6 --refit 10m
+    python benchmarks/compression.py --source runs/smollm2-135m --out runs/compression --page results/compression.md
 
 The rivals are written from their papers: truncated SVD; ASVD (Yuan et al., arXiv:2312.05821: columns scaled by the
 inputs' size, without its search of ranks); SVD-LLM (arXiv:2403.07378: whitened by the Cholesky factor of the inputs'
@@ -21,7 +22,8 @@ perplexity of ours over that of the rival that is best on this text, with the 95
 With --bits 8 4 every model is also scored with its matrices rounded to so many bits (see weight_rounding.py), and its
 bytes are counted: what pruning by rank and rounding bring together.
 
-Every result is a file in --out; what is there is not computed again. The table is printed and written to table.md.
+Every result is a file in --out; what is there is not computed again. The tables are printed; with --page nothing is
+computed, and what there is is put into that page, and its numbers into the .json file beside it.
 """
 
 from __future__ import annotations
@@ -49,9 +51,10 @@ from kalmagrove.compression.refit import parse_refit, refit
 from kalmagrove.compression.sites import find_matrices
 from kalmagrove.compression.source import open_source
 from kalmagrove.compression.work import WorkFolder
-from kalmagrove.files import remove, write_json_atomic, write_text_atomic
+from kalmagrove.files import remove, write_json_atomic
 from kalmagrove.precision import autocast
 from kalmagrove.report.statistics import mean_interval
+from marked import fill_page, keep_records
 from weight_rounding import round_weights
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -74,6 +77,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--bits", type=int, nargs="*", default=[], help="also with weights of so many bits: 8 4")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--page", type=Path)
     return parser.parse_args()
 
 
@@ -106,6 +110,9 @@ def _count_tokens(path: Path, source: str) -> int:
 def main() -> None:
     """Runs what is not there yet and writes the table."""
     options = parsed()
+    if options.page is not None:
+        write_page(options)
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     dense = open_source(options.source).model
     matrices = find_matrices(dense)
@@ -123,9 +130,7 @@ def main() -> None:
             raise SystemExit(f"embeddings and norms alone are more than {keep:.0%} of the parameters")
         for method in options.methods:
             score_once(options, method, keep, partial(METHODS[method], task), text, tests)
-    table = markdown(options)
-    write_text_atomic(options.out / "table.md", table)
-    print(table)
+    print("\n\n".join(tables(options).values()))
 
 
 def score_once(
@@ -229,15 +234,24 @@ def scores(
     }
 
 
-def markdown(options: argparse.Namespace) -> str:
+def write_page(options: argparse.Namespace) -> None:
+    """Tables and numbers of what there is."""
+    records = [{"run": path.stem, **json.loads(path.read_text("utf-8"))} for path in sorted(options.out.glob("*.json"))]
+    keep_records(options.page.with_suffix(".json"), records, ("run",))
+    fill_page(options.page, tables(options), heading="# Compression\n")
+
+
+def tables(options: argparse.Namespace) -> dict[str, str]:
     """A table a size: parameters, perplexities, and the time of a forward relative to the dense model's."""
     dense = json.loads((options.out / "dense-1.json").read_text())
-    parts = []
+    parts = {}
     for keep in options.keep:
         plain = read_records(options, keep)
+        if not plain:
+            continue
         again = read_records(options, keep, options.refit) if options.refit else {}
         texts = [*TEXTS, *(f"{name}, refitted" for name in TEXTS if options.refit)]
-        lines = [f"**{1 - keep:.0%} removed**", "", "| | parameters | " + " | ".join(texts) + " | time, of dense |"]
+        lines = ["| | parameters | " + " | ".join(texts) + " | time, of dense |"]
         lines.append("| :-- |" + " --: |" * (len(texts) + 2))
         shown = [f"{dense[name]:,.2f}" for name in TEXTS] + [""] * (len(texts) - len(TEXTS))
         lines.append(f"| dense | {dense['parameters'] / 1e6:.1f} M | " + " | ".join(shown) + " | 1 |")
@@ -248,8 +262,9 @@ def markdown(options: argparse.Namespace) -> str:
             time_ratio = "" if method in NO_REFIT else f"{found['time_ratio']:.2f}x"
             lines.append(f"| {method} | {found['parameters'] / 1e6:.1f} M | {' | '.join(shown)} | {time_ratio} |")
         lines += ["", *lead_line("without a refit", plain), *lead_line("refitted", again)]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n" + rounding_table(options)
+        parts[f"{1 - keep:.0%} removed"] = "\n".join(lines)
+    rounded = rounding_table(options)
+    return parts | ({"weights of few bits": rounded} if rounded else {})
 
 
 def read_records(options: argparse.Namespace, keep: float, refit_length: str | None = None) -> dict[str, Any]:
@@ -290,7 +305,6 @@ def rounding_table(options: argparse.Namespace) -> str:
     if not found:
         return ""
     lines = [
-        "",
         "| weights | megabytes |" + "|".join(f" {name} " for name in TEXTS) + "|",
         "|:--|--:|" + "--:|" * len(TEXTS),
     ]
