@@ -99,6 +99,7 @@ def _show_compressed(facts: dict[str, Any]) -> None:
     table.add_row("of them, share a basis", f"{facts['matrices_that_share_a_basis']:,}")
     table.add_row("bases", f"{facts['bases']:,}")
     table.add_row("mean rank", f"{facts['mean_rank']:,.1f}")
+    table.add_row("matrices of feed-forwards with fewer units", f"{facts['cut_layers']:,}")
     Console().print(table)
 
 
