@@ -17,7 +17,6 @@ from kalmagrove.compression.calibration import CalibrationText, loss_of
 from kalmagrove.compression.compress import fit_layers
 from kalmagrove.compression.direct import fit_directly, put_in
 from kalmagrove.compression.layerwise import Factors, LayerwiseFit
-from kalmagrove.compression.model import has_bias
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import CompressOptions
 from kalmagrove.compression.plan import Choice, Group, choose_ranks, merge_groups
@@ -26,6 +25,7 @@ from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments
 from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
+from kalmagrove.models.compressed import has_bias
 from kalmagrove.models.merging import dense_weight
 
 SHARED_KINDS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

@@ -22,7 +22,7 @@ def register_when_imported() -> None:
 def _register_config() -> None:
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from kalmagrove.compression.config import CompressedConfig
+    from kalmagrove.models.compressed_config import CompressedConfig
     from kalmagrove.models.config import KalmaGroveConfig
 
     AutoConfig.register("kalmagrove", KalmaGroveConfig, exist_ok=True)
@@ -32,8 +32,8 @@ def _register_config() -> None:
 def _register_model() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-    from kalmagrove.compression.config import CompressedConfig
-    from kalmagrove.compression.model import CompressedForCausalLM
+    from kalmagrove.models.compressed import CompressedForCausalLM
+    from kalmagrove.models.compressed_config import CompressedConfig
     from kalmagrove.models.config import KalmaGroveConfig
     from kalmagrove.models.decoder import KalmaGroveForCausalLM
 

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.errors import UsageError
+
 
 def write_text_atomic(path: Path, text: str) -> None:
     """Replace a file's content in one step.
@@ -217,3 +219,13 @@ def fsync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_free_folder(folder: Path) -> None:
+    """That nothing would be overwritten.
+
+    Raises:
+        UsageError: The folder is not empty, or a file.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not empty; choose another --out")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from adapted_models import grove
 
+from kalmagrove.adaptation import run as adaptor_run
+from kalmagrove.adaptation.config import AdaptConfig, BaseConfig
+from kalmagrove.adaptation.run import AdaptorRun, AdaptorSession
 from kalmagrove.adaptors import model_fingerprint
-from kalmagrove.adaptors import run as adaptor_run
-from kalmagrove.adaptors.options import AdaptConfig, AdaptorOptions, BaseConfig
-from kalmagrove.adaptors.run import AdaptorRun, AdaptorSession
+from kalmagrove.adaptors.options import AdaptorOptions
 from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.training.config import LoopConfig

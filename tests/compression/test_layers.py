@@ -2,7 +2,7 @@
 
 import torch
 
-from kalmagrove.compression.layers import CompactBasis, CompactLinear
+from kalmagrove.nn.compact import CompactBasis, CompactLinear
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.optim.groups import kalma_groups
 from kalmagrove.optim.kalma import Kalma

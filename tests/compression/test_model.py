@@ -14,10 +14,8 @@ from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
 from kalmagrove.adaptors import Adaptors
 from kalmagrove.compression.build import compressed_model
-from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.direct import fit_directly
 from kalmagrove.compression.layerwise import LayerwiseFit
-from kalmagrove.compression.model import CompressedForCausalLM, to_dense
 from kalmagrove.compression.plan import Choice, Group
 from kalmagrove.compression.refit import RefitLength, refit
 from kalmagrove.compression.sites import find_matrices
@@ -25,6 +23,8 @@ from kalmagrove.compression.statistics import Moments, gather_moments
 from kalmagrove.compression.units import find_feed_forwards, order_units
 from kalmagrove.models.accounting import count_parameters
 from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.compressed import CompressedForCausalLM, to_dense
+from kalmagrove.models.compressed_config import CompressedConfig
 from kalmagrove.models.merging import merge
 
 SIZES = {

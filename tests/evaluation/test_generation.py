@@ -15,13 +15,13 @@ from transformers.models.mistral import MistralConfig, MistralForCausalLM
 from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
 
-from kalmagrove.compression.config import CompressedConfig
-from kalmagrove.compression.model import CompressedForCausalLM
 from kalmagrove.data.packing import PackedText
 from kalmagrove.evaluation.generated_text import GeneratedText
 from kalmagrove.evaluation.generation import OpenModel, Piece, Sampling, choose_token, encode_prompt, generate
 from kalmagrove.evaluation.next_logits import begin_text
 from kalmagrove.models.build import build_model, model_config
+from kalmagrove.models.compressed import CompressedForCausalLM
+from kalmagrove.models.compressed_config import CompressedConfig
 from kalmagrove.models.merging import merge
 
 VOCABULARY = 99

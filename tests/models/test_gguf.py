@@ -19,10 +19,10 @@ from kalmagrove.cli import main
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.tokenizer import END_OF_TEXT, save_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.exporting.folders import export_gguf
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.models.convert import load_model, write_folder
 from kalmagrove.models.convert import save_model as save_ours
-from kalmagrove.models.exporting import export_gguf
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 

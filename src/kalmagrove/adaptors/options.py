@@ -1,29 +1,15 @@
-"""What a run that adapts a model is configured by; no torch here, so that help is quick."""
+"""What an adaptor is made by; no torch here, so that help is quick."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from kalmagrove.adaptors.naming import check_name
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import TrainConfig
 
 DEFAULT_RATES = {"gradient": 5e-4, "weights": 1e-2}
 """Peak learning rates of the cores by their bases, whose lengths differ."""
-
-
-@dataclass(frozen=True)
-class BaseConfig:
-    """The frozen model that an adaptor is trained over.
-
-    Attributes:
-        source: A run folder, a model folder or a Hub name.
-        fingerprint: SHA-256 of its parameters, so that a run goes on over the same base only.
-    """
-
-    source: str
-    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -67,16 +53,3 @@ class AdaptorOptions:
     def number_of_rounds(self) -> int:
         """As given, or as is usual for such an adaptor."""
         return self.rounds if self.rounds is not None else (4 if self._can_grow else 1)
-
-
-@dataclass(frozen=True)
-class AdaptConfig(TrainConfig):
-    """Everything that the training of an adaptor depends on.
-
-    Attributes:
-        model: The base.
-        adaptor: What is trained over it.
-    """
-
-    model: BaseConfig = field(default_factory=lambda: BaseConfig("", ""))  # type: ignore[assignment]
-    adaptor: AdaptorOptions = field(default_factory=lambda: AdaptorOptions("adaptor"))

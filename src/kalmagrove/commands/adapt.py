@@ -9,7 +9,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptConfig, AdaptorOptions, BaseConfig
+from kalmagrove.adaptation.config import AdaptConfig, BaseConfig
+from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptorOptions
 from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
 from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, TrackerName
 
@@ -82,7 +83,7 @@ def run(words: Sequence[str]) -> None:
     adaptor = AdaptorOptions(
         options.name, options.rank, options.core, options.bases, options.gradient_tokens, options.rounds
     )
-    from kalmagrove.adaptors.adapting import adapt
+    from kalmagrove.adaptation.adapting import adapt
     from kalmagrove.adaptors.fingerprint import model_fingerprint
     from kalmagrove.adaptors.opening import default_run_folder
     from kalmagrove.models.convert import load_model, model_folder

@@ -61,7 +61,7 @@ def run(words: Sequence[str]) -> None:
         print(f"{options.out}: the model after step {step}")
         return
     from kalmagrove.adaptors.opening import open_with_adaptor
-    from kalmagrove.models.exporting import export_folder, export_gguf
+    from kalmagrove.exporting.folders import export_folder, export_gguf
 
     opened = partial(open_with_adaptor, adaptor=options.adaptor)
     if options.format == "gguf":

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kalmagrove.compression.config import CompressedConfig
-from kalmagrove.compression.layers import CompactBasis, CompactLinear
 from kalmagrove.compression.layerwise import Cut, Factors
-from kalmagrove.compression.model import CompressedForCausalLM, has_bias, resized
 from kalmagrove.compression.plan import Choice
 from kalmagrove.compression.sites import Matrix
+from kalmagrove.models.compressed import CompressedForCausalLM, has_bias, resized
+from kalmagrove.models.compressed_config import CompressedConfig
 from kalmagrove.models.merging import dense_weight
+from kalmagrove.nn.compact import CompactBasis, CompactLinear
 
 
 def compressed_config(

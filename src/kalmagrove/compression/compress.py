@@ -18,7 +18,6 @@ from kalmagrove.compression.direct import fit_directly, put_in
 from kalmagrove.compression.factorise import Compact
 from kalmagrove.compression.layerwise import Cut, Factors, LayerwiseFit
 from kalmagrove.compression.measures import Measures, measure
-from kalmagrove.compression.model import CompressedForCausalLM, to_dense
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import LONGEST_CONTEXT, CompressOptions
 from kalmagrove.compression.plan import Choice
@@ -28,9 +27,9 @@ from kalmagrove.compression.sites import Matrix, find_matrices
 from kalmagrove.compression.source import Source, open_source, save_tokenizer_of, tokenizer_folder
 from kalmagrove.compression.work import WorkFolder, fingerprint_of
 from kalmagrove.errors import UsageError
-from kalmagrove.files import whole_folder, write_json_atomic
+from kalmagrove.files import require_free_folder, whole_folder, write_json_atomic
+from kalmagrove.models.compressed import CompressedForCausalLM, to_dense
 from kalmagrove.models.convert import write_folder
-from kalmagrove.models.exporting import require_free_folder
 from kalmagrove.precision import choose_device, choose_precision
 
 Progress = Callable[[str, float], None]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from kalmagrove.compression.config import CompressedConfig
 from kalmagrove.compression.measures import multiplications
-from kalmagrove.compression.model import CompressedForCausalLM
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.accounting import count_parameters
+from kalmagrove.models.compressed import CompressedForCausalLM
+from kalmagrove.models.compressed_config import CompressedConfig
 from kalmagrove.models.convert import any_config
 
 

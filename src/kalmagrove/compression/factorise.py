@@ -36,7 +36,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Compact:
-    """V^T = [I, rest] with its columns put in order: see :class:`~kalmagrove.compression.layers.CompactBasis`.
+    """V^T = [I, rest] with its columns put in order: see :class:`~kalmagrove.nn.compact.CompactBasis`.
 
     Attributes:
         order: Of the columns, pivots first, (in_features,).

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kalmagrove.compression.calibration import loss_of
-from kalmagrove.compression.layers import CompactLinear
-from kalmagrove.compression.model import matrix_sizes
+from kalmagrove.models.compressed import matrix_sizes
+from kalmagrove.nn.compact import CompactLinear
 from kalmagrove.precision import autocast, synchronize
 
 REPEATS = 3

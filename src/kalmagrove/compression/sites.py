@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kalmagrove.compression.model import matrix_sizes
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.models.compressed import matrix_sizes
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from kalmagrove.auto_classes import register_when_imported
-from kalmagrove.compression.model import CompressedForCausalLM, to_dense
+from kalmagrove.data.tokenizer import copy_tokenizer
 from kalmagrove.errors import KalmaGroveError, first_line
+from kalmagrove.models.compressed import CompressedForCausalLM, to_dense
 from kalmagrove.models.convert import load_model, model_folder
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.models.exporting import copy_tokenizer
 from kalmagrove.models.merging import merge
 from kalmagrove.training.extras import require_extra
 

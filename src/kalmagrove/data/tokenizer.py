@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,19 @@ from kalmagrove.files import write_json_atomic, write_text_atomic
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "modality.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Of a folder, as far as there are such."""
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 258
@@ -166,3 +180,14 @@ def _download(name: str) -> Path:
         raise KalmaGroveError(
             f"the tokenizer {name} is no file or folder here and could not be fetched from the Hub: {reason}"
         ) from error
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copies the files of a tokeniser, as far as the source has them.
+
+    Raises:
+        OSError: They cannot be read or written.
+    """
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kalmagrove.compression.model import CompressedForCausalLM
+from kalmagrove.models.compressed import CompressedForCausalLM
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 
 NextLogits = Callable[[Sequence[int]], Tensor]

@@ -9,10 +9,9 @@ from typing import Any
 
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import whole_folder
+from kalmagrove.files import require_free_folder, whole_folder
 from kalmagrove.models.convert import save_model
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.models.exporting import require_free_folder
 from kalmagrove.training.checkpoint import checkpoint_path, load_checkpoint, named_steps
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.model_card import model_card

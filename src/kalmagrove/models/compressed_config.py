@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 
 class CompressedConfig(PretrainedConfig):
-    """Configuration of :class:`~kalmagrove.compression.model.CompressedForCausalLM`.
+    """Configuration of :class:`~kalmagrove.models.compressed.CompressedForCausalLM`.
 
     Args:
         text_config: Configuration of the dense model, or what ``to_dict`` makes of it.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from kalmagrove.compression.model import CompressedForCausalLM, to_dense
+from kalmagrove.data.tokenizer import copy_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import whole_folder
+from kalmagrove.files import require_free_folder, whole_folder
+from kalmagrove.models.compressed import CompressedForCausalLM, to_dense
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.convert import (
     Stock,
@@ -29,38 +29,6 @@ from kalmagrove.models.merging import merge
 
 FOLDER_FORMS = ("auto", "llama", "gpt2", "dense")
 STOCK_FORMS: tuple[Stock, ...] = ("llama", "gpt2")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "modality.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
-
-def require_free_folder(folder: Path) -> None:
-    """That nothing would be overwritten.
-
-    Raises:
-        UsageError: The folder is not empty, or a file.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty; choose another --out")
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies the files of a tokeniser, as far as the source has them.
-
-    Raises:
-        OSError: They cannot be read or written.
-    """
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
 
 
 def export_folder(
@@ -131,7 +99,7 @@ def export_gguf(source: str, path: Path, *, open_model: Callable[[str], PreTrain
     stock = to_dense(opened) if isinstance(opened, CompressedForCausalLM) else opened
     if isinstance(stock, KalmaGroveForCausalLM):
         stock = _as_stock(merge(stock))
-    from kalmagrove.models.gguf_file import write_gguf
+    from kalmagrove.exporting.gguf_file import write_gguf
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmagrove.adaptation.config import AdaptConfig
 from kalmagrove.adaptors.adaptors import Adaptors
 from kalmagrove.adaptors.bases import Bases
 from kalmagrove.adaptors.fingerprint import model_fingerprint
 from kalmagrove.adaptors.gradients import text_bases
-from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptConfig, AdaptorOptions
+from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptorOptions
 from kalmagrove.adaptors.storage import ADAPTOR_FOLDER, save_adaptor
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.training_data import TrainingData

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.adaptors.options import AdaptConfig
-from kalmagrove.adaptors.run import AdaptorRun, AdaptorSession
+from kalmagrove.adaptation.config import AdaptConfig
+from kalmagrove.adaptation.run import AdaptorRun, AdaptorSession
 from kalmagrove.data.packing import PackedText
 from kalmagrove.evaluation.perplexity import Scores
 from kalmagrove.training.environment import peak_memory_bytes

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from kalmagrove.compression.config import CompressedConfig
-from kalmagrove.compression.layers import CompactBasis, CompactLinear
+from kalmagrove.models.compressed_config import CompressedConfig
 from kalmagrove.models.merging import dense_weight
+from kalmagrove.nn.compact import CompactBasis, CompactLinear
 from kalmagrove.nn.grove import composed_weights
 
 
