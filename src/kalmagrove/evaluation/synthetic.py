@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,7 @@ from kalmagrove.data.synthetic.draws import UniformDraws
 from kalmagrove.data.synthetic.recall import RecallSource
 from kalmagrove.data.synthetic.source import STREAMS, open_synthetic
 from kalmagrove.evaluation.perplexity import Scores
-from kalmagrove.models.scoring import LOGIT_BUDGET
+from kalmagrove.models.scoring import LOGIT_BUDGET, stacked_windows
 from kalmagrove.precision import autocast
 
 WINDOWS_AT_ONCE = 256
@@ -87,7 +86,8 @@ def optimum_nats(source: str, windows: Iterable[Window]) -> float:
     """
     known = open_synthetic(source)
     return sum(
-        float(known.window_nats(batch)[:, -scored:].sum()) for batch, scored in _stacked(windows, WINDOWS_AT_ONCE)
+        float(known.window_nats(batch)[:, -scored:].sum())
+        for batch, scored in stacked_windows(windows, most=WINDOWS_AT_ONCE)
     )
 
 
@@ -143,7 +143,7 @@ def recall_outcomes(
     was_training = model.training
     model.eval()
     try:
-        for batch, scored in _stacked(windows, WINDOWS_AT_ONCE, LOGIT_BUDGET // vocab_size):
+        for batch, scored in stacked_windows(windows, most=WINDOWS_AT_ONCE, most_tokens=LOGIT_BUDGET // vocab_size):
             first = batch.shape[1] - scored
             rows = [known.answers(window) for window in batch.tolist()]
             asked = [(row, answer) for row, own in enumerate(rows) for answer in own if answer.place >= first]
@@ -234,20 +234,6 @@ def _last_entropies(
             tokens = states @ emission
             entropies.append(-(tokens * np.log(np.where(tokens > 0, tokens, 1.0))).sum(axis=1))
     return np.mean(entropies, axis=0)
-
-
-def _stacked(windows: Iterable[Window], most: int, most_tokens: int | None = None) -> Iterator[Window]:
-    """Consecutive windows of one length and one number of scored tokens, together, (windows, tokens)."""
-    for (length, scored), group in groupby(windows, key=lambda window: (len(window[0]), window[1])):
-        at_once = most if most_tokens is None else max(1, min(most, most_tokens // length))
-        waiting = []
-        for window, _ in group:
-            waiting.append(window)
-            if len(waiting) == at_once:
-                yield np.stack(waiting), scored
-                waiting = []
-        if waiting:
-            yield np.stack(waiting), scored
 
 
 def _binned(outcomes: Sequence[RecallOutcome], bounds: Sequence[int]) -> dict[str, dict[str, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import islice
+from itertools import groupby, islice
 from typing import Literal
 
 import numpy as np
@@ -42,9 +42,10 @@ def nats_of_windows(
     total, scored_tokens = 0.0, 0
     was_training = model.training
     model.eval()
+    batches = stacked_windows(windows, most_tokens=LOGIT_BUDGET // (vocab_size * world.size))
     try:
         with torch.no_grad(), nullcontext() if _is_sharded(model) else composed_weights(model):
-            for batch, scored, counts in _shared_batches(_equal_batches(windows, vocab_size * world.size), world):
+            for batch, scored, counts in _shared_batches(batches, world):
                 tokens = torch.from_numpy(batch).to(device)
                 with autocast(precision, device):
                     logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
@@ -74,16 +75,19 @@ def _shared_batches(batches: Iterable[tuple[np.ndarray, int]], world: World) -> 
         yield *round_of_all[place], place == world.rank
 
 
-def _equal_batches(windows: Iterable[tuple[np.ndarray, int]], vocab_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Consecutive windows of one length and one number of scored tokens, stacked."""
-    waiting: list[np.ndarray] = []
-    shape: tuple[int, int] | None = None
-    for window, scored in windows:
-        most = max(1, LOGIT_BUDGET // (len(window) * vocab_size))
-        if waiting and (shape != (len(window), scored) or len(waiting) >= most):
-            yield np.stack(waiting), shape[1] if shape else scored
-            waiting = []
-        shape = (len(window), scored)
-        waiting.append(window)
-    if waiting and shape is not None:
-        yield np.stack(waiting), shape[1]
+def stacked_windows(
+    windows: Iterable[tuple[np.ndarray, int]], *, most: int | None = None, most_tokens: int | None = None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Consecutive windows of one length and one number of scored tokens, together, (windows, tokens).
+
+    Args:
+        windows: Each with how many of its last tokens are scored.
+        most: Windows at once; None is no limit.
+        most_tokens: Of them together, but one window at least; None is no limit.
+    """
+    for (length, scored), group in groupby(windows, key=lambda window: (len(window[0]), window[1])):
+        by_tokens = None if most_tokens is None else max(1, most_tokens // length)
+        at_once = min((limit for limit in (most, by_tokens) if limit is not None), default=None)
+        own = (window for window, _ in group)
+        while waiting := list(islice(own, at_once)):
+            yield np.stack(waiting), scored
