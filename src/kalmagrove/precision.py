@@ -9,6 +9,11 @@ import torch
 
 from kalmagrove.errors import UsageError
 
+AUTOCAST_KINDS = frozenset(
+    kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind)
+)
+"""Devices whose products can have a shorter type; asked for once, because older compilers cannot trace the question."""
+
 
 def choose_device(name: str = "auto", *, local_rank: int | None = None) -> torch.device:
     """The device of a name, or the best one: CUDA, then Apple's MPS, then the CPU.
@@ -67,7 +72,7 @@ def choose_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]
 def autocast_type(tensor: torch.Tensor) -> torch.dtype:
     """The type that products with ``tensor`` have: autocast's where it is on, else the tensor's own."""
     kind = tensor.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in AUTOCAST_KINDS and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 
@@ -75,7 +80,7 @@ def autocast_type(tensor: torch.Tensor) -> torch.dtype:
 def without_autocast(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """A context in which operations keep the types that they are given."""
     kind = tensor.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST_KINDS else nullcontext()
 
 
 def synchronize(device: torch.device) -> None:

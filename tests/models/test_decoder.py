@@ -204,6 +204,7 @@ def test_the_loss_has_no_second_derivative_and_says_so() -> None:
         )
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older compilers give wrong gradients, and are refused")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["llama", "kalmagrove", "blocks"])
 def test_a_compiled_model_gives_the_same_at_every_length(name: str) -> None:

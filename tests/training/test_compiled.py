@@ -26,6 +26,7 @@ def run(packed: PackedText, *, compiled: bool) -> TrainingRun:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
 @pytest.mark.skipif(" " in torch.__file__, reason="torch's compiler cannot link in a folder with a space in its name")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older compilers give wrong gradients, and are refused")
 @pytest.mark.filterwarnings("ignore")  # Of torch's own compiler.
 def test_compiled_steps_are_the_plain_ones(packed: PackedText) -> None:
     torch._dynamo.reset()

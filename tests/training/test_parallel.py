@@ -172,6 +172,12 @@ def test_a_batch_that_does_not_fit_the_processes_is_an_error(
         TrainingRun(config(**loop), packed, World(0, 0, 3))
 
 
+def test_a_compiler_that_is_too_old_is_refused(packed: PackedText, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cpu")
+    with pytest.raises(UsageError, match=r"loop\.compile needs torch 2\.13 or newer, and this is 2\.11\.0"):
+        TrainingRun(config(compile=True), packed)
+
+
 def test_examples_are_not_sharded(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("a,b\n" + "".join(f"{n % 7},{n % 3}\n" for n in range(200)))

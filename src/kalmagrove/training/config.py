@@ -287,8 +287,8 @@ class LoopConfig:
         keep_last: Newest checkpoints that are kept.
         keep_best: Checkpoints that are kept for the lowest loss of their evaluations, beside the newest.
         parallel: With several processes: ddp, each has the whole model; or fsdp, each has a part.
-        compile: Train with torch.compile, which takes minutes at the start; steps in which Kalma looks at the inputs
-            are not compiled.
+        compile: Train with torch.compile (torch 2.13 or newer), which takes minutes at the start; steps in which Kalma
+            looks at the inputs are not compiled.
         activation_checkpointing: Make a layer's activations again in the backward, for less memory and more time.
         grow_rank: New ranks of Grove's projections by the step that they come before, e.g. {500: 64}.
     """

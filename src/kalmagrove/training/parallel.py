@@ -22,6 +22,22 @@ Tokens = Tensor | Sequences
 LossSum = Callable[[Tokens, Tokens], Tensor]
 
 
+OLDEST_COMPILER = (2, 13)
+"""The version of torch whose compiled gradients were compared with the eager ones."""
+
+
+def check_compiler(loop: LoopConfig) -> None:
+    """That the compiler of this torch can be trusted with our own gradients.
+
+    Raises:
+        UsageError: It is asked for and too old: that of torch 2.11 gives wrong gradients.
+    """
+    version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+    if loop.compile and version < OLDEST_COMPILER:
+        oldest = ".".join(map(str, OLDEST_COMPILER))
+        raise UsageError(f"loop.compile needs torch {oldest} or newer, and this is {torch.__version__}; leave it out")
+
+
 def check_processes(loop: LoopConfig, world: World) -> None:
     """That so many processes can do what is asked for, and that each gets its part of a batch.
 

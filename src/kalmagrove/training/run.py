@@ -32,6 +32,7 @@ from kalmagrove.training.extras import require_extra
 from kalmagrove.training.measures import gradient_noise_scale, matrices_of, update_ratio
 from kalmagrove.training.parallel import (
     ParallelLoss,
+    check_compiler,
     check_processes,
     load_whole_model,
     load_whole_optimizer,
@@ -89,6 +90,7 @@ class TrainingRun:
         self.config, self.data, self.world = config, data, world
         loop = config.loop
         check_processes(loop, world)
+        check_compiler(loop)
         try:
             self.device = choose_device(loop.device, local_rank=world.local_rank if world.size > 1 else None)
             self.precision = choose_precision(loop.precision, self.device)
