@@ -69,5 +69,5 @@ class _AfterImport(MetaPathFinder):
             self.then()
 
         # The spec is this import's own, so nobody else sees its loader changed.
-        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # On purpose.
         return spec

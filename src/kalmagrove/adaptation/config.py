@@ -30,5 +30,6 @@ class AdaptConfig(TrainConfig):
         adaptor: What is trained over it.
     """
 
+    # A base in the place of a model that is made.
     model: BaseConfig = field(default_factory=lambda: BaseConfig("", ""))  # type: ignore[assignment]
     adaptor: AdaptorOptions = field(default_factory=lambda: AdaptorOptions("adaptor"))

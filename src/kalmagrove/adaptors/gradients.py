@@ -78,7 +78,7 @@ def text_bases(
 
 
 def _embedding_of(model: nn.Module) -> nn.Module:
-    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]  # Modules have no types.
     return embedding
 
 

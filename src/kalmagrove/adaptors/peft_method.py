@@ -146,7 +146,7 @@ class TaskCoreModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = TaskCoreLayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as peft declares it
 
     def _prepare_adapter_config(self, peft_config: TaskCoreConfig, model_config: dict[str, Any]) -> TaskCoreConfig:
         if peft_config.target_modules is None:

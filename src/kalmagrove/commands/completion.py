@@ -14,7 +14,7 @@ from kalmagrove.errors import KalmaGroveError, UsageError
 try:
     import shtab
 except ImportError:
-    shtab = None  # type: ignore[assignment]
+    shtab = None  # type: ignore[assignment]  # The extra is not there.
 
 SHELLS = ("bash", "zsh", "tcsh")
 FILES = ("config", "data", "data.source", "model", "prompt_file", "rows", "runs", "source", "other_text")
@@ -80,6 +80,7 @@ def _copy(parser: ArgumentParser, short: Mapping[str, str], below: argparse.Argu
             *(action.option_strings or [action.dest]), *shorts, help=_first_sentence(action.help), **_values(action)
         )
         if action.dest in FILES + FOLDERS:
+            # What shtab looks for on an action.
             added.complete = shtab.FILE if action.dest in FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
 
 

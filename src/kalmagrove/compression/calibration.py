@@ -85,6 +85,7 @@ def loss_of(model: nn.Module, windows: Tensor, precision: str) -> float:
     nats, scored = nats_of_windows(
         model,
         ((row.numpy(), length) for row in windows),
+        # Attributes of modules have no types.
         vocab_size=int(model.config.vocab_size),  # type: ignore[union-attr, arg-type]
         device=next(model.parameters()).device,
         precision="bf16" if precision == "bf16" else "fp32",

@@ -173,7 +173,7 @@ def _check_sizes(folder: Path) -> None:
 
 def _shapes(file: Path) -> list[list[int]]:
     with safe_open(file, framework="pt") as weights:
-        return [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118
+        return [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 - it is no dictionary
 
 
 def model_folder(folder: str | Path) -> str:

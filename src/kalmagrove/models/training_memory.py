@@ -133,7 +133,7 @@ def _saved_bytes(
         keep.append(tensor)
         return tensor
 
-    look_on.only_looks_on = True  # type: ignore[attr-defined]
+    look_on.only_looks_on = True  # type: ignore[attr-defined]  # A mark on a function.
     keep: list[Tensor] = []
     with FakeTensorMode():
         model = KalmaGroveForCausalLM(config).train()

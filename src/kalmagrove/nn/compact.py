@@ -49,7 +49,7 @@ class CompactBasis(Basis):
         self.order.copy_(torch.arange(len(self.order)))
 
     @property
-    def weight(self) -> Tensor:  # type: ignore[override]
+    def weight(self) -> Tensor:  # type: ignore[override]  # Made of parts here, a parameter there.
         """V^T, (rank, in_features)."""
         identity = torch.eye(self.rank, dtype=self.rest.dtype, device=self.rest.device)
         return torch.cat((identity, self.rest), dim=1)[:, self.order.argsort()]

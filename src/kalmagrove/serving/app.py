@@ -73,6 +73,7 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]
     handlers = {RequestError: _refused, HTTPException: _no_route, Exception: _failed}
+    # Handlers of one kind of error each, where any is expected.
     return Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
 
 
