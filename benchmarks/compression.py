@@ -256,15 +256,20 @@ def tables(options: argparse.Namespace) -> dict[str, str]:
         shown = [f"{dense[name]:,.2f}" for name in TEXTS] + [""] * (len(texts) - len(TEXTS))
         lines.append(f"| dense | {dense['parameters'] / 1e6:.1f} M | " + " | ".join(shown) + " | 1 |")
         for method, found in plain.items():
-            shown = [f"{found[name]:,.2f}" for name in TEXTS]
+            shown = [perplexity_text(found[name]) for name in TEXTS]
             if options.refit:
-                shown += [f"{again[method][name]:,.2f}" if method in again else "" for name in TEXTS]
+                shown += [perplexity_text(again[method][name]) if method in again else "" for name in TEXTS]
             time_ratio = "" if method in NO_REFIT else f"{found['time_ratio']:.2f}x"
             lines.append(f"| {method} | {found['parameters'] / 1e6:.1f} M | {' | '.join(shown)} | {time_ratio} |")
         lines += ["", *lead_line("without a refit", plain), *lead_line("refitted", again)]
         parts[f"{1 - keep:.0%} removed"] = "\n".join(lines)
     rounded = rounding_table(options)
     return parts | ({"weights of few bits": rounded} if rounded else {})
+
+
+def perplexity_text(value: float) -> str:
+    """A perplexity; beyond what a word is worth, only that."""
+    return f"{value:,.2f}" if value < 10_000 else "above 10,000"
 
 
 def read_records(options: argparse.Namespace, keep: float, refit_length: str | None = None) -> dict[str, Any]:
