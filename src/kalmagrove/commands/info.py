@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, parse
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import ModelConfig, OptimizerName
+
+if TYPE_CHECKING:
+    from kalmagrove.models.config import KalmaGroveConfig
 
 SHORT = {"--preset": "--model.preset"}
 EXAMPLES = """\
@@ -112,57 +115,55 @@ def describe(options: Any) -> dict[str, Any]:
         projection_paths,
         training_flops_per_token,
     )
+
+    config = _config_of(options)
+    length = config.max_position_embeddings
+    asked = ("batch_size", "optim", "precision", "world_size", "parallel", "activation_checkpointing")
+    return {
+        "name": options.model.preset if options.folder is None else options.folder,
+        "context_length": length,
+        **{name: getattr(options, name) for name in asked},
+        "parameters": asdict(count_parameters(build_empty(config))),
+        "training_flops_per_token": round(training_flops_per_token(config, length)),
+        "training_memory_bytes": _training_memory(config, options),
+        "decoding_cache_bytes": decoding_bytes(config, length),
+        "grove_paths": {
+            "training": projection_paths(config, options.batch_size * length),
+            "decoding": projection_paths(config, 1, composed_before=True),
+        },
+        **({} if options.adaptor is None else {"adaptor": _adaptor_facts(options.folder, options.adaptor)}),
+    }
+
+
+def _config_of(options: Any) -> KalmaGroveConfig:
+    """Of the folder or of the preset."""
     from kalmagrove.models.build import model_config
     from kalmagrove.models.convert import load_config
-    from kalmagrove.models.training_memory import training_memory
 
     if options.folder is not None:
-        config, name = load_config(options.folder), options.folder
-    else:
-        sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
-        given = {key: value for key, value in sizes.items() if value is not None}
-        # Any token may end documents here: it is counted, not run.
-        config = model_config(options.model.preset, given | options.model.overrides(), eos_token_id=0)
-        name = options.model.preset
-    length = config.max_position_embeddings
-    parameters = count_parameters(build_empty(config))
+        return load_config(options.folder)
+    sizes = {"vocab_size": options.vocab_size, "max_position_embeddings": options.context_length}
+    given = {key: value for key, value in sizes.items() if value is not None}
+    # Any token may end documents here: it is counted, not run.
+    return model_config(options.model.preset, given | options.model.overrides(), eos_token_id=0)
+
+
+def _training_memory(config: KalmaGroveConfig, options: Any) -> dict[str, int]:
+    """Bytes by what they are for."""
+    from kalmagrove.models.training_memory import training_memory
+
     memory = training_memory(
         config,
         batch_size=options.batch_size,
-        context_length=length,
+        context_length=config.max_position_embeddings,
         optimizer=options.optim,
         precision=options.precision,
         world_size=options.world_size,
         sharded=options.parallel == "fsdp",
         activation_checkpointing=options.activation_checkpointing,
     )
-    paths = {
-        "training": projection_paths(config, options.batch_size * length),
-        "decoding": projection_paths(config, 1, composed_before=True),
-    }
-    return {
-        "name": name,
-        "context_length": length,
-        "batch_size": options.batch_size,
-        "optim": options.optim,
-        "precision": options.precision,
-        "world_size": options.world_size,
-        "parallel": options.parallel,
-        "activation_checkpointing": options.activation_checkpointing,
-        "parameters": asdict(parameters),
-        "training_flops_per_token": round(training_flops_per_token(config, length)),
-        "training_memory_bytes": {
-            "total": memory.total,
-            "parameters": memory.parameters,
-            "gathered": memory.gathered,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "activations": memory.activations,
-        },
-        "decoding_cache_bytes": decoding_bytes(config, length),
-        "grove_paths": paths,
-        **({} if options.adaptor is None else {"adaptor": _adaptor_facts(options.folder, options.adaptor)}),
-    }
+    names = ("total", "parameters", "gathered", "gradients", "optimizer", "activations")
+    return {name: getattr(memory, name) for name in names}
 
 
 def _adaptor_facts(folder: str, adaptor: str) -> dict[str, Any]:

@@ -171,10 +171,24 @@ class KalmaGroveConfig(PretrainedConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        self._check_attention()
+        self._check_ranks()
+        self._check_sharing()
+        if self.short_conv < 0 or self.short_conv == 1:
+            raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")
+        if self.bias and self.projections == "grove":
+            raise ValueError("bias is for dense projections; set bias: false or projections: dense")
+
+    def _check_attention(self) -> None:
         if self.attention == "full" and self.resolutions is not None:
             raise ValueError("resolutions need attention = arnold; set attention: arnold or leave resolutions out")
         if self.attention == "arnold" and not self.resolutions:
             raise ValueError("attention = arnold needs resolutions: a list with num_heads, head_dim, scales")
+        for group in self.head_groups():
+            if self.positions == "rotary" and group.head_dim % 2:
+                raise ValueError(f"head_dim must be even for rotary positions, got {group.head_dim}")
+
+    def _check_ranks(self) -> None:
         if self.rank is not None:
             width = min(self.hidden_size, *self._grove_inner_sizes())
             if not 1 <= self.rank <= width:
@@ -187,6 +201,8 @@ class KalmaGroveConfig(PretrainedConfig):
                 f"embedding_rank {self.embedding_rank} must be between 1 and hidden_size {self.hidden_size}; leave it "
                 "out for one full table"
             )
+
+    def _check_sharing(self) -> None:
         if self.projections == "grove" and self.sharing == "band" and self.shared_sides != "both":
             pieces = [self.rank] if self.rank is not None else self._grove_inner_sizes()
             if any(size % self.group_size for size in pieces):
@@ -202,13 +218,6 @@ class KalmaGroveConfig(PretrainedConfig):
                     "sharing = mix needs full rank, a diagonal core and one shared side; leave out "
                     + (", ".join(wrong) or "shared_sides: both")
                 )
-        if self.short_conv < 0 or self.short_conv == 1:
-            raise ValueError(f"short_conv must be 0 (none) or at least 2 taps, got {self.short_conv}")
-        if self.bias and self.projections == "grove":
-            raise ValueError("bias is for dense projections; set bias: false or projections: dense")
-        for group in self.head_groups():
-            if self.positions == "rotary" and group.head_dim % 2:
-                raise ValueError(f"head_dim must be even for rotary positions, got {group.head_dim}")
 
 
 _CHOICES = {
