@@ -147,7 +147,7 @@ def test_one_pair_one_seed_or_a_tie_decides_nothing(
     ("options", "doubt"),
     [
         ({"trials": 1}, "learning rates not tuned"),
-        ({"tokens": 10_000}, "screening, 5.0 training tokens a parameter"),
+        ({"tokens": 10_000}, "screening, 5 training tokens a parameter"),
         ({"epochs": 9.0}, "9.0 passes over the text"),
         ({"edge": True}, "the best learning rate of llama-nano is at the edge"),
         ({"lost": (3,), "ours": (27.0, 27.1, 27.2, 27.1), "llama": (30.0, 30.1, 30.3, 30.2)}, "diverged with seed 3"),

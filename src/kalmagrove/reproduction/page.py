@@ -13,9 +13,8 @@ from kalmagrove.report.table import build_table, format_count, format_score, to_
 from kalmagrove.reproduction.answers import Answer, shown
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
-from kalmagrove.reproduction.pairs import PAPER, PaperRow
+from kalmagrove.reproduction.pairs import PAPER, PaperRow, usual_transformers
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
-from kalmagrove.training.config import is_plain_transformer
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
 
@@ -93,13 +92,13 @@ def _our_table(study: Study) -> str:
         "| :-- | --: | --: | --: | --: | --: | --: |",
         *(_our_line(study, model, reference) for model in study.results.models),
     ]
-    plain = [model.name for model in study.results.models if is_plain_transformer(model.preset)]
     results = study.results
+    plain = [model.name for model in usual_transformers(results)]
     return "\n".join(lines) + (
         f"\n\nPerplexity of tokens of a vocabulary of {results.data.vocab_size:,}; time of a step, in turns in one "
         "process. The reference is the best on the validation split of the plain Transformers with their usual "
-        f"optimiser, of which there are: {', '.join(plain)}. {results.tokens_per_parameter:.1f} training tokens for "
-        f"each of its parameters, {results.budget.epochs:.1f} passes over the text."
+        f"optimiser, of which there are: {', '.join(plain)}. {results.tokens_per_parameter:.2g} training tokens for "
+        f"each of its parameters, {results.budget.epochs:.2g} passes over the text."
     )
 
 

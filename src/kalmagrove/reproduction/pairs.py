@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kalmagrove.models.presets import split_preset
 from kalmagrove.report.results import Model, Results, Split
 from kalmagrove.report.statistics import Interval, Spread, median_spread, ratio_interval
 from kalmagrove.reproduction.answers import Verdict
 from kalmagrove.reproduction.evidence import Evidence, Study
+from kalmagrove.training.config import default_optimizer, is_plain_transformer
 
 MOST_EPOCHS = 4.0
 """Passes over a text up to which tokens are worth about as much as new ones (Muennighoff et al., arXiv:2305.16264)."""
@@ -74,7 +76,7 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
     found += ["learning rates not tuned"] if results.trials == 1 else []
     if results.screening:
-        found.append(f"screening, {results.tokens_per_parameter:.1f} training tokens a parameter")
+        found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:
         found.append(f"{results.budget.epochs:.1f} passes over the text without dropout, which the smaller model bears")
     if is_at_edge(results, rival):
@@ -94,6 +96,12 @@ def is_at_edge(results: Results, model: Model) -> bool:
     if len(losses) < 2 or not known:
         return False
     return min(known, key=known.__getitem__) in (min(losses), max(losses))
+
+
+def usual_transformers(results: Results) -> list[Model]:
+    """The plain Transformers that are trained as is usual, of which the better one is the reference."""
+    plain = [model for model in results.models if is_plain_transformer(model.preset)]
+    return [model for model in plain if model.optim == default_optimizer(split_preset(model.preset)[0])]
 
 
 def lost_seeds(ours: Model, rival: Model) -> set[int]:

@@ -6,8 +6,16 @@ from kalmagrove.report.statistics import Interval, ratio_interval
 from kalmagrove.report.table import format_bytes
 from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
 from kalmagrove.reproduction.evidence import part_to_reach
-from kalmagrove.reproduction.pairs import PAPER, Pair, each, held_back, lost_seeds, quoted, with_doubts
-from kalmagrove.training.config import is_plain_transformer
+from kalmagrove.reproduction.pairs import (
+    PAPER,
+    Pair,
+    each,
+    held_back,
+    lost_seeds,
+    quoted,
+    usual_transformers,
+    with_doubts,
+)
 
 Pairs = dict[str, Pair | None]
 MEMORY_NOISE = 0.02
@@ -63,7 +71,7 @@ def perplexity(pairs: Pairs) -> Answer:
 
 def _plain(pair: Pair) -> str:
     """Which plain Transformers were there, and which is the reference."""
-    models = [model for model in pair.study.results.models if is_plain_transformer(model.preset)]
+    models = usual_transformers(pair.study.results)
     others = [f"{model.name} with {model.optim}" for model in models if model.name != pair.rival.name]
     return " better than ".join([f"{pair.rival.name} with {pair.rival.optim}", *others])
 
