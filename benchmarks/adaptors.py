@@ -131,9 +131,16 @@ class Job:
 
     def batches(self, data: PackedText, steps: range) -> Iterator[Tensor]:
         """Tokens of steps, (sequences, context + 1)."""
-        tokens, sizes = data.tokens("train"), {"context_length": self.context_length, "batch_size": self.batch_size}
+        tokens = data.tokens("train")
         for step in steps:
-            yield torch.from_numpy(batch_at(tokens, **sizes, seed=self.seed, step=step % self.steps_of_a_pass))
+            batch = batch_at(
+                tokens,
+                context_length=self.context_length,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                step=step % self.steps_of_a_pass,
+            )
+            yield torch.from_numpy(batch)
 
 
 def run_job(job: Job, *, base: Path, data: dict[str, Path], out: Path) -> Record:
