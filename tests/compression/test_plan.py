@@ -26,7 +26,8 @@ def test_the_budget_is_met(keep: float) -> None:
     # What is left is less than one more rank anywhere.
     for choice in choices:
         if not choice.is_dense:
-            assert used + choice.group.parameters(choice.rank + 1) - choice.parameters > int(keep * DENSE)
+            larger = choice.group.next_rank(choice.rank)
+            assert used + choice.group.parameters(larger) - choice.parameters > int(keep * DENSE)
     assert all(choice.is_dense for choice in choices) == (keep == 1.0)
 
 
@@ -40,10 +41,11 @@ def test_no_choice_of_the_same_size_has_less_loss() -> None:
     pair = [group(0, 8, 8, 0.3), group(1, 8, 8, 0.6)]
     choices, _ = choose_ranks(pair, 90)
     found = sum(float(c.group.losses[c.rank]) for c in choices)
+    ranks = [*range(1, pair[0].largest_rank + 1), 8]
     others = [
         float(pair[0].losses[a] * (a < 8) + pair[1].losses[b] * (b < 8))
-        for a in range(1, 9)
-        for b in range(1, 9)
+        for a in ranks
+        for b in ranks
         if pair[0].parameters(a) + pair[1].parameters(b) <= sum(c.parameters for c in choices)
     ]
     assert found == pytest.approx(min(others))
@@ -108,3 +110,12 @@ def test_units_are_chosen_in_steps_and_counted_in_all_matrices() -> None:
     assert sum(choice.parameters for choice in choices) <= 20_000
     assert Choice(own, 16).kept_units.tolist() == list(range(16))
     assert list(candidates([own, units((2, 3), 960, 30, own.losses)], layers(2))) == []
+
+
+def test_factors_that_would_save_next_to_nothing_are_left_dense() -> None:
+    own = group(0, 200, 300, 0.02)
+    assert own.parameters(own.largest_rank) <= 0.8 * 200 * 300 < own.parameters(own.largest_rank + 1)
+    assert own.next_rank(own.largest_rank) == 200
+    chosen = [own.best_rank(price)[0] for price in torch.logspace(-9, 0, 60).tolist()]
+    assert set(chosen) & set(range(1, own.largest_rank + 1)) and 200 in chosen
+    assert not set(chosen) & set(range(own.largest_rank + 1, 200))

@@ -8,6 +8,7 @@ matrix stays dense.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -22,6 +23,8 @@ from kalmagrove.errors import UsageError
 WRITING = ("o_proj", "down_proj", "c_proj")
 """Their inputs are a layer's own heads and units, which mean nothing to other layers: they share no basis."""
 BISECTIONS = 100
+LARGEST_PART = 0.8
+"""Of a matrix's parameters that its factors may hold; where more is wanted it stays dense."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,21 @@ class Group:
             return self.in_features * self.out_features
         return rank * (self.out_features if self.is_units else self.in_features + self.out_features - rank)
 
+    @property
+    def largest_rank(self) -> int:
+        """Below the full one: factors that hold nearly as much as the matrix would only be slower."""
+        if self.is_units:
+            return self.full_rank - 1
+        both, most = self.in_features + self.out_features, LARGEST_PART * self.in_features * self.out_features
+        return int((both - math.sqrt(both**2 - 4 * most)) / 2)
+
     def next_rank(self, rank: int) -> int:
         """The rank that can be chosen above another one."""
-        return min(rank + self.step, self.full_rank)
+        return rank + self.step if rank + self.step <= self.largest_rank else self.full_rank
 
     def best_rank(self, price: float) -> tuple[int, float]:
         """The rank of the least loss + price x parameters, and that sum; a dense matrix loses nothing."""
-        ranks = torch.arange(min(self.step, self.full_rank), self.full_rank, self.step)
+        ranks = torch.arange(0, max(1, self.largest_rank + 1), self.step)[1:]
         ranks = torch.cat((ranks, torch.tensor([self.full_rank])))
         losses = self.losses[ranks].clone()
         losses[-1] = 0

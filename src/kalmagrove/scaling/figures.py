@@ -97,7 +97,7 @@ def _against_parameters(axes: Axes, families: Mapping[str, Any], colours: Mappin
             )
         sizes = np.geomspace(min(p["parameters"] for p in points), max(p["parameters"] for p in points), 40)
         for tokens in dict.fromkeys((lengths[0], lengths[-1])):
-            unique = min(point["unique_tokens"] for point in points if point["tokens"] == tokens)
+            unique = min(point["unique_tokens"] or tokens for point in points if point["tokens"] == tokens)
             line = [np.exp(_loss(fit["constants"], size, tokens, unique)) for size in sizes]
             axes.plot(sizes, line, color=colours[name], linewidth=1.4)
             # A resample keeps the worth of repetition that the fit found.

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kalmagrove.data.tables.number_scale import NumberScale, make_scale
@@ -20,6 +20,7 @@ NUMBERS = st.lists(
 )
 
 
+@example([1.0, 0.9999999999999999], 2)
 @given(NUMBERS, st.integers(2, 16))
 def test_every_training_value_is_in_the_bin_that_holds_it(values: list[float], bins: int) -> None:
     scale = make_scale(values, bins=bins)

@@ -61,7 +61,7 @@ class NumberScale:
 
     @cached_property
     def _edges(self) -> list[float]:
-        return [(high + low) / 2 for high, low in zip(self.highs[:-1], self.lows[1:], strict=True)]
+        return [_between(high, low) for high, low in zip(self.highs[:-1], self.lows[1:], strict=True)]
 
     def features(self, value: float) -> tuple[float, float, int]:
         """Place (0 to 1), scaled size and bin of a value; one beyond the training values is in the outermost bin."""
@@ -91,6 +91,12 @@ class NumberScale:
         inside = np.clip((level * total - sums[rows, chosen] + own) / np.maximum(own, 1e-300), 0, 1)
         lows, highs = np.array(self.lows)[chosen], np.array(self.highs)[chosen]
         return np.asarray(lows + inside * (highs - lows))
+
+
+def _between(below: float, above: float) -> float:
+    """The middle of two numbers, or the lower one of neighbours that have no number between them."""
+    middle = (below + above) / 2
+    return middle if middle < above else below
 
 
 def make_scale(values: Sequence[float] | np.ndarray, *, bins: int) -> NumberScale:
