@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from kalmagrove.compression.build import compressed_model
 from kalmagrove.compression.calibration import CalibrationText, loss_of
 from kalmagrove.compression.compress import fit_layers
-from kalmagrove.compression.direct import fit_directly, put_in
+from kalmagrove.compression.direct import fit_directly, put_in, refitted_writer
 from kalmagrove.compression.layerwise import Factors, LayerwiseFit
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.options import CompressOptions
@@ -215,9 +215,7 @@ def cut_units(task: Task) -> PreTrainedModel:
         weight = dense_weight(model.get_submodule(down.name)).double()
         power = inputs.diagonal() * weight.square().sum(dim=0)
         kept = power.topk(int(kept_share * len(power))).indices.sort().values
-        _, inverse = cholesky_root(inputs[kept][:, kept])
-        fitted = weight @ inputs[:, kept] @ inverse.T @ inverse
-        model.set_submodule(down.name, linear_of(fitted))
+        model.set_submodule(down.name, linear_of(refitted_writer(weight, inputs, kept)[:, kept]))
         for matrix in (m for m in inner if m.layer == down.layer and m is not down):
             rows = dense_weight(model.get_submodule(matrix.name))[kept]
             model.set_submodule(matrix.name, linear_of(rows))

@@ -43,10 +43,6 @@ class UnitOrder:
     order: Tensor
     losses: Tensor
 
-    def kept(self, count: int) -> Tensor:
-        """The units of a size, rising."""
-        return self.order[:count].sort().values
-
 
 def find_feed_forwards(matrices: Sequence[Matrix]) -> list[tuple[int, ...]]:
     """The feed-forwards whose units can be taken away: numbers of the matrices that read, and of the one that writes.
