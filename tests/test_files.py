@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -80,6 +81,10 @@ def test_finite_or_null_does_not_change_its_argument() -> None:
 def test_a_folder_appears_whole_and_what_a_dead_process_left_goes(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
+    with whole_folder(tmp_path / "new" / "folders" / "model") as temporary:
+        (temporary / "a").write_text("a")
+    assert (tmp_path / "new" / "folders" / "model" / "a").read_text() == "a"
+    shutil.rmtree(tmp_path / "new")
     path = tmp_path / "model"
     left = temporary_name(path).with_name(temporary_name(path).name.replace(str(os.getpid()), str(process.pid)))
     left.mkdir()

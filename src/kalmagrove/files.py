@@ -125,7 +125,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """An empty temporary folder to fill, which takes its name when the context ends without an error, and else goes.
 
     Args:
-        path: The name; a folder, a file or nothing may have it, but the folder around it must exist.
+        path: The name; a folder, a file or nothing may have it. Folders around it are made where they are missing.
 
     Raises:
         OSError: The folder could not be made or renamed, or did not reach the disk.
@@ -134,7 +134,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     remove(temporary)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         replace_folder(temporary, path)
     finally:

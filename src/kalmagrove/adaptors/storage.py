@@ -92,7 +92,6 @@ def save_adaptor(adaptors: Adaptors, name: str, folder: Path, *, facts: Mapping[
         "sha256": hashlib.sha256(content).hexdigest(),
         "facts": dict(facts or {}),
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(folder) as temporary:
         (temporary / CORES).write_bytes(content)
         fsync_file(temporary / CORES)

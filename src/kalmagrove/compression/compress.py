@@ -116,7 +116,7 @@ def compress(options: CompressOptions, progress: Progress = lambda stage, done: 
             factorised=sum(len(choice.group.members) for choice in factorised),
             shared=sum(len(choice.group.members) for choice in factorised if len(choice.group.members) > 1),
             cut=len(cut),
-            units_kept=sum(c.rank for c in cut) / max(1, sum(c.group.full_rank for c in cut)) if cut else 1.0,
+            units_kept=sum(c.rank for c in cut) / sum(c.group.full_rank for c in cut) if cut else 1.0,
             followed=followed,
             refit=result,
         )
