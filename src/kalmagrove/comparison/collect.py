@@ -11,7 +11,7 @@ from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
-from kalmagrove.training.config import default_optimizer, is_plain_transformer
+from kalmagrove.training.config import is_plain_transformer, is_usual_transformer
 from kalmagrove.training.run_folder import RunFolder
 
 TIMING_WARMUP = 10
@@ -221,7 +221,7 @@ def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> st
     plain = [(c, m) for c, m in zip(contestants, models, strict=True) if is_plain_transformer(c.preset)]
     if not plain:
         return contestants[0].name
-    usual = [m for c, m in plain if c.optim == default_optimizer(c.family)] or [m for _, m in plain]
+    usual = [m for c, m in plain if is_usual_transformer(c.preset, c.optim)] or [m for _, m in plain]
 
     def mean_loss(model: dict[str, Any]) -> float:
         losses = [run["valid"]["loss"] for run in model["runs"] if run["valid"] is not None]

@@ -13,7 +13,7 @@ from kalmagrove.report.table import format_count
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.costs import model_cost, rung_cost
 from kalmagrove.scaling.ladder import SweepConfig, planned_runs
-from kalmagrove.training.config import DataConfig, ModelConfig, is_plain_transformer
+from kalmagrove.training.config import DataConfig, ModelConfig, is_usual_transformer
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ def _comparison_cost(name: str, config: CompareConfig) -> StudyCost:
     # The best of trials that are as long as the final runs is one of them.
     repeated = 1 if trials and config.trial_steps(steps) == steps else 0
     of_a_model = ((finals - repeated) * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
-    plain = [contestant for contestant in config.contestants() if is_plain_transformer(contestant.preset)]
+    usual = [c for c in config.contestants() if is_usual_transformer(c.preset, c.optim)]
     # Which of them is the better one is not known yet; the last is the dearer.
-    rechecked = plain[-1:] if config.recheck_baseline else []
+    rechecked = usual[-1:] if config.recheck_baseline else []
     runs = tokens = 0
     flops = 0.0
     for contestant in config.contestants():

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kalmagrove.models.presets import split_preset
 from kalmagrove.report.results import Model, Results, Split
 from kalmagrove.report.statistics import Interval, Spread, median_spread, ratio_interval
 from kalmagrove.reproduction.answers import Verdict
 from kalmagrove.reproduction.evidence import Evidence, Study
-from kalmagrove.training.config import default_optimizer, is_plain_transformer
+from kalmagrove.training.config import is_usual_transformer
 
 MOST_EPOCHS = 4.0
 """Passes over a text up to which tokens are worth about as much as new ones (Muennighoff et al., arXiv:2305.16264)."""
@@ -100,8 +99,7 @@ def is_at_edge(results: Results, model: Model) -> bool:
 
 def usual_transformers(results: Results) -> list[Model]:
     """The plain Transformers that are trained as is usual, of which the better one is the reference."""
-    plain = [model for model in results.models if is_plain_transformer(model.preset)]
-    return [model for model in plain if model.optim == default_optimizer(split_preset(model.preset)[0])]
+    return [model for model in results.models if is_usual_transformer(model.preset, model.optim)]
 
 
 def lost_seeds(ours: Model, rival: Model) -> set[int]:

@@ -491,6 +491,11 @@ def default_optimizer(family: str) -> OptimizerName:
     return "adamw" if family in BASELINE_FAMILIES else "kalma"
 
 
+def is_usual_transformer(preset: str, optim: str) -> bool:
+    """Whether a model is a plain Transformer with its usual optimiser, of which the better one is the reference."""
+    return is_plain_transformer(preset) and optim == default_optimizer(split_preset(preset)[0])
+
+
 def split_optimizer(text: str) -> tuple[str, OptimizerName | None]:
     """A preset with its parts, and the optimiser where one stands among them behind a plus sign.
 
