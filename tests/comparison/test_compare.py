@@ -20,6 +20,7 @@ from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConf
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
+from kalmagrove.world import World
 
 STEPS = 14
 
@@ -116,6 +117,66 @@ def test_a_crash_in_the_middle_goes_on_and_gives_the_same_scores(
         for one, other in zip(ours["runs"], theirs["runs"], strict=True):
             assert one["test"] == other["test"] and one["valid"] == other["valid"]
             assert one["curve"]["loss"] == other["curve"]["loss"]
+
+
+def test_workers_give_the_same_scores_and_times_that_took_turns(
+    finished: Path, packed: PackedText, tmp_path: Path
+) -> None:
+    conf = config(seeds="0,3")
+    lines: list[str] = []
+    ours = compare(conf, packed, tmp_path / "demo", command="c", say=lines.append, workers=2)
+    alone = json.loads((finished / "results.json").read_text())
+    for one, other in zip(ours["models"], alone["models"], strict=True):
+        assert [r["test"] for r in one["runs"]] == [r["test"] for r in other["runs"]]
+        assert [r["curve"]["loss"] for r in one["runs"]] == [r["curve"]["loss"] for r in other["runs"]]
+        assert one["step_seconds"] * STEPS == pytest.approx(one["runs"][0]["curve"]["seconds"][-1])
+    assert alone["timing_environment"] is None and ours["timing_environment"]["cpu"] == alone["environment"]["cpu"]
+    assert len(ours["paired_time"][0]["ratios"]) == 10
+    assert sum("test perplexity" in line for line in lines) == 4 and any("parameters" in line for line in lines)
+    assert "trained side by side" in (tmp_path / "demo" / "report.html").read_text()
+    assert Results.from_dict(ours).to_dict() == ours
+    # What was begun by workers is finished by one process without new times.
+    assert run(tmp_path / "demo", packed, conf)["paired_time"] == ours["paired_time"]
+
+
+def test_workers_tune_and_look_at_the_baseline_again_as_one_process_does(packed: PackedText, tmp_path: Path) -> None:
+    conf = config(trials=3, trial_tokens=str(10 * 2 * 16), recheck_baseline=True)
+    alone = run(tmp_path / "alone", packed, conf)
+    ours = compare(conf, packed, tmp_path / "workers", command="c", say=lambda line: None, workers=3)
+    assert ours["recheck"] == alone["recheck"]
+    for one, other in zip(ours["models"], alone["models"], strict=True):
+        assert one["lr_trials"] == other["lr_trials"] and one["runs"][0]["test"] == other["runs"][0]["test"]
+
+
+@pytest.mark.parametrize(
+    ("options", "terms", "message"),
+    [
+        ({}, {"workers": 0}, "--workers must be at least 1, got 0"),
+        ({"budget": "10m"}, {"workers": 2}, "a budget counts steps that take turns"),
+        ({}, {"workers": 2, "world": World(rank=0, size=2)}, "choose one"),
+    ],
+)
+def test_workers_that_cannot_be_are_refused(
+    packed: PackedText, tmp_path: Path, options: dict[str, Any], terms: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        compare(config(**options), packed, tmp_path / "demo", command="c", say=lambda line: None, **terms)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_what_a_worker_cannot_do_is_said_and_the_rest_is_kept(packed: PackedText, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    terms: dict[str, Any] = {"command": "c", "say": lambda line: None, "workers": 2}
+    first = compare(config(), packed, folder, **terms)
+    changed = folder / "llama-tiny" / "lr-x1" / "seed-0"
+    (changed / "result.json").unlink()
+    known = (changed / "config.yaml").read_text()
+    (changed / "config.yaml").write_text(known.replace("seed: 0", "seed: 8"))
+    with pytest.raises(KalmaGroveError, match="seed-0"):
+        compare(config(), packed, folder, **terms)
+    (changed / "config.yaml").write_text(known)
+    again = compare(config(), packed, folder, **terms)
+    assert again["models"][0]["runs"][0]["test"] == first["models"][0]["runs"][0]["test"]
 
 
 def test_another_comparison_in_the_folder_is_refused(finished: Path, packed: PackedText) -> None:

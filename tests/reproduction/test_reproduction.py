@@ -280,6 +280,7 @@ def test_wrong_input_is_named_before_anything_is_trained(
         (small, "needs --out"),
         ([*small, "--out", str(out), "--flops_per_second", "1e9"], "--flops_per_second is for --dry_run"),
         ([*small, "--out", str(out), "--only", "bass"], "there is no study 'bass'"),
+        ([*small, "--out", str(out), "--workers", "0"], "--workers must be at least 1, got 0"),
         ([*small, "--out", str(out), "--other_text", str(tmp_path / "none.txt")], "none.txt"),
     ):
         assert main(words) in (1, 2)

@@ -55,7 +55,7 @@ def test_a_ladder_that_grows_trains_only_what_is_new(packed: PackedText, tmp_pat
     small = replace(CONFIG, families="kalmagrove", sizes=["16x1"], tokens=["512"])
 
     def done(config: SweepConfig) -> dict[str, Any]:
-        terms: dict[str, Any] = {"workers": 1, "storage": None, "command": "kalmagrove scale sweep", "say": print}
+        terms: dict[str, Any] = {"workers": 1, "storage": None, "command": "kalmagrove scale sweep"}
         return sweep(config, packed, tmp_path / "ladder", **terms)
 
     assert done(small)["runs"] == 1

@@ -19,6 +19,7 @@ EXAMPLES = """\
   kalmagrove compare --data book.txt --tokens 20m --seeds 0,1,2 --trials 3 --out runs/book
   kalmagrove compare --models gpt2,llama,llama-plus,slim,kalmagrove --size mini --tokens 4m --out runs/five
   kalmagrove compare --models llama,kalmagrove --optim kalma --tokens 4m --out runs/same-optimiser
+  kalmagrove compare --tokens 4m --seeds 0,1,2 --trials 3 --workers 8 --out runs/many-cores
   kalmagrove compare --models llama,llama+grove,llama+arnold,llama+kalma,kalmagrove --tokens 4m --out runs/parts
 
 --data, --modality and --tokens are short for --data.source, --data.modality and --loop.tokens.
@@ -33,6 +34,12 @@ def make_compare_parser() -> ArgumentParser:
     parser.add_class_arguments(CompareConfig)
     parser.add_argument("--out", type=str, required=True, help="folder of the runs and the report")
     add_nproc(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="runs at a time, each in a process of its own; with one, the models take their steps in turns",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
     return parser
 
@@ -52,7 +59,7 @@ def run(words: Sequence[str]) -> None:
     command = "kalmagrove compare " + shlex.join(words)
     with together(config.loop.device) as (world, said):
         data = world.one_here_before_the_others(lambda: open_data(config.data))
-        results = compare(config, data, folder, command=command, say=said, world=world)
+        results = compare(config, data, folder, command=command, say=said, world=world, workers=options.workers)
     if not world.is_first:
         return
     if options.json:

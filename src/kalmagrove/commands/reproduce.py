@@ -47,6 +47,12 @@ def make_reproduce_parser() -> ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="print runs, tokens and FLOPs, and train nothing")
     parser.add_argument("--flops_per_second", type=float, default=None, help="of the whole machine: --dry_run's hours")
     add_nproc(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=None,
+        help="runs at a time, each in a process of its own; left out: comparisons take turns, the ladder uses all",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -59,6 +65,8 @@ def run(words: Sequence[str]) -> None:
         raise UsageError(f"--flops_per_second is for --dry_run and must be positive, got {speed:g}")
     if options.out is None and not options.dry_run:
         raise UsageError("kalmagrove reproduce needs --out, the folder of the runs")
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {options.workers}")
     from kalmagrove.reproduction.plan import load_plan
 
     plan = load_plan(options.scale, source=options.data, other_text=options.other_text, folder=options.data_folder)
@@ -79,7 +87,14 @@ def run(words: Sequence[str]) -> None:
     folder = Path(options.out)
     with together("auto") as (world, said):
         answers = reproduce(
-            plan, folder, only=only, open_data=open_data, command=_command(words), say=said, world=world
+            plan,
+            folder,
+            only=only,
+            open_data=open_data,
+            command=_command(words),
+            say=said,
+            world=world,
+            workers=options.workers,
         )
     if not world.is_first:
         return

@@ -58,8 +58,9 @@ def run(words: Sequence[str]) -> None:
         raise UsageError(f"--flops_per_second must be positive, got {options.flops_per_second:g}")
     if options.out is None and not options.dry_run:
         raise UsageError("kalmagrove scale sweep needs --out, the folder of the runs")
-    from kalmagrove.scaling.sweep import default_workers, sweep
+    from kalmagrove.scaling.sweep import sweep
     from kalmagrove.training.environment import keep_freed_memory
+    from kalmagrove.training.worker_processes import default_workers
     from kalmagrove.world import world_of_environment
 
     if world_of_environment().size > 1:
@@ -77,7 +78,6 @@ def run(words: Sequence[str]) -> None:
         workers=workers,
         storage=options.storage,
         command="kalmagrove scale sweep " + shlex.join(words),
-        say=say,
     )
     if options.json:
         print(json.dumps(facts, indent=2))

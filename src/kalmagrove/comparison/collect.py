@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.comparison.config import CompareConfig, Contestant
+from kalmagrove.comparison.runs import run_path
+from kalmagrove.comparison.timing import BLOCK, TIMING_WARMUP
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
 from kalmagrove.training.config import is_plain_transformer, is_usual_transformer
 from kalmagrove.training.run_folder import RunFolder
 
-TIMING_WARMUP = 10
-BLOCK = 10
 MOST_POINTS = 200
-
-
-def run_path(folder: Path, contestant: Contestant, scale: float, seed: int, *, short_trial: bool = False) -> Path:
-    """Where a run of a comparison lives; a trial that is as long as the final runs may become one of them."""
-    return folder / contestant.name / f"{'trial-' if short_trial else ''}lr-x{scale:g}" / f"seed-{seed}"
 
 
 def collect_results(
@@ -41,7 +37,7 @@ def collect_results(
         data: Its text.
         folder: Its folder.
         plan: ``steps``, and by name of a contestant ``scales`` (the learning-rate factor that was chosen),
-            ``trials`` (the valid losses of all) and ``memory`` (bytes).
+            ``trials`` (the valid losses of all) and ``memory`` (bytes); ``timing`` where steps were timed apart.
         command: Repeats the comparison.
         created: ISO date.
         environment: Of the machine.
@@ -77,6 +73,7 @@ def collect_results(
         "trials": config.trials,
         "recheck": plan.get("recheck"),
         "environment": environment,
+        "timing_environment": plan.get("timing", {}).get("environment"),
         "baseline": baseline,
         "candidate": _candidate(contestants, baseline),
         "models": models,
@@ -102,11 +99,12 @@ def _model(
     decoder = model_config(contestant.preset, options)
     parameters = count_parameters(build_empty(decoder))
     runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
-    seconds = [
-        block / size
-        for seed in config.seed_list()
-        for size, block in _blocks(_step_seconds(folder, contestant, scale, seed)).values()
-    ]
+    measured = [_step_seconds(folder, contestant, scale, seed) for seed in config.seed_list()]
+    if "timing" in plan:
+        measured = [_timed_apart(plan, contestant.name)]
+    seconds = [block / size for times in measured for size, block in _blocks(times).values()]
+    if "timing" in plan:
+        _retime(runs, statistics.median(seconds), config.loop.tokens_per_step)
     precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
     return {
         "name": contestant.name,
@@ -173,6 +171,20 @@ def _step_seconds(folder: Path, contestant: Contestant, scale: float, seed: int)
     return {m["step"]: m["step_seconds"] for m in metrics if "step_seconds" in m and m["step"] > TIMING_WARMUP}
 
 
+def _timed_apart(plan: Mapping[str, Any], name: str) -> dict[int, float]:
+    """Times of steps that took turns when all runs were done, as if they were the steps behind the warm-up."""
+    return dict(enumerate(plan["timing"]["step_seconds"][name], TIMING_WARMUP + 1))
+
+
+def _retime(runs: list[dict[str, Any]], step_seconds: float, tokens_per_step: int) -> None:
+    """Replaces the seconds of runs that stood side by side by those that they would have taken alone."""
+    for run in runs:
+        curve = run["curve"]
+        curve["seconds"] = [tokens / tokens_per_step * step_seconds for tokens in curve["tokens"]]
+        if run["seconds"] is not None:
+            run["seconds"] = curve["seconds"][-1] if curve["seconds"] else 0.0
+
+
 def _blocks(seconds: dict[int, float]) -> dict[int, tuple[int, float]]:
     """Number and total time of the steps of each whole block of ten; of a shorter one where there is no other.
 
@@ -193,15 +205,18 @@ def _ratios(
     A trial that became a final run stood beside those of its own round, so with other rates that seed is left out; and
     so it is where the baseline was trained again by itself.
     """
+    if "timing" in plan:
+        own, theirs = (_blocks(_timed_apart(plan, name)) for name in (contestant.name, baseline))
+        return [own[index][1] / theirs[index][1] for index in sorted(own)]
     pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
     scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
     ratios: list[float] = []
     for seed in config.seed_list():
         if seed == config.seed_list()[0] and _first_seed_is_apart(config, plan, scales):
             continue
-        own, theirs = (_step_seconds(folder, c, scale, seed) for c, scale in zip(pair, scales, strict=True))
-        common = own.keys() & theirs.keys()
-        ours, reference = (_blocks({step: times[step] for step in common}) for times in (own, theirs))
+        both = [_step_seconds(folder, c, scale, seed) for c, scale in zip(pair, scales, strict=True)]
+        common = both[0].keys() & both[1].keys()
+        ours, reference = (_blocks({step: times[step] for step in common}) for times in both)
         ratios += [ours[index][1] / reference[index][1] for index in sorted(ours)]
     return ratios
 

@@ -1,41 +1,44 @@
-"""``kalmagrove compare``: trains several models side by side, tunes them equally and writes what came out."""
+"""``kalmagrove compare``: trains several models, tunes them equally and writes what came out."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.comparison.collect import collect_results, run_path
+from kalmagrove.comparison.collect import collect_results
 from kalmagrove.comparison.config import CompareConfig, Contestant
+from kalmagrove.comparison.in_turns import train_in_turns
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
+from kalmagrove.comparison.runs import PlannedRun, Say, run_path
+from kalmagrove.comparison.side_by_side import train_side_by_side
+from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
 from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run import TrainingDiverged
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
-from kalmagrove.training.session import TrainingSession
-from kalmagrove.training.signals import Interrupted, StopRequest
-from kalmagrove.training.tracking import ProgressBar
-from kalmagrove.training.trainer import describe_run, evaluate_run
 from kalmagrove.world import ALONE, World
-
-Say = Callable[[str], None]
 
 
 def compare(
-    config: CompareConfig, data: TrainingData, folder: Path, *, command: str, say: Say, world: World = ALONE
+    config: CompareConfig,
+    data: TrainingData,
+    folder: Path,
+    *,
+    command: str,
+    say: Say,
+    world: World = ALONE,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Compares, or goes on where an earlier call of the same comparison stopped.
 
@@ -46,14 +49,18 @@ def compare(
         command: Repeats the comparison; printed in the report.
         say: Told what a person wants to know, a line at a time.
         world: The processes that train every model together; each of them calls this, and all see the folder.
+        workers: Runs that are trained at a time, each by a process of its own; the steps are timed afterwards. With
+            one, all models of a seed take their steps in turns in this process.
 
     Returns:
         What ``results.json`` holds.
 
     Raises:
         Interrupted: A signal came; every run was saved.
+        UsageError: Workers beside other processes or a budget, or fewer than one.
         KalmaGroveError: The folder belongs to another comparison.
     """
+    _check_workers(workers, config, world)
     plan = _Plan(folder / "plan.json", world)
     # Nobody writes before all have read.
     world.wait()
@@ -65,16 +72,21 @@ def compare(
             plan.update(steps=steps, created=time.strftime("%Y-%m-%dT%H:%M:%S%z"), environment=environment)
             if world.is_first:
                 write_json_atomic(root.environment_path, plan.values["environment"])
-        _tune(config, data, folder, plan, say)
-        for seed in config.seed_list():
-            _final_runs(config, data, folder, plan, seed, say)
-            results = _write(config, data, folder, plan, command)
-            if config.recheck_baseline and "recheck" not in plan.values:
-                _recheck(config, data, folder, plan, results, say)
-                _final_runs(config, data, folder, plan, seed, say)
-                _write(config, data, folder, plan, command)
-        _measure_memory(config, data, plan, say)
-        return _write(config, data, folder, plan, command)
+        comparison = _Comparison(config, data, folder, plan, command, say, workers)
+        comparison.tune()
+        comparison.train_finally()
+        comparison.measure_times()
+        comparison.measure_memory()
+        return comparison.write()
+
+
+def _check_workers(workers: int, config: CompareConfig, world: World) -> None:
+    if workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
+    if workers > 1 and world.size > 1:
+        raise UsageError("--workers train a run each, and --nproc or torchrun all of them together; choose one")
+    if workers > 1 and config.budget is not None:
+        raise UsageError("a budget counts steps that take turns; leave out --workers, or give --tokens")
 
 
 def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
@@ -111,210 +123,187 @@ class _Plan:
         self.values = self._read()
 
 
-def _tune(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, say: Say) -> None:
-    """The same learning-rate trials for each contestant, judged on the validation split, and more at an edge.
+@dataclass(frozen=True)
+class _Comparison:
+    """A comparison under way."""
 
-    A budget leaves no time for more.
-    """
-    if "scales" in plan.values:
-        return
-    names = [contestant.name for contestant in config.contestants()]
-    losses: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    rounds = [dict.fromkeys(names, scale) for scale in config.scales()] if config.trials > 1 else []
-    for scales in rounds:
-        _try(config, data, folder, plan, scales, losses, say)
-    for _ in range(MOST_FURTHER_TRIALS if rounds and config.budget is None else 0):
-        further = {name: further_trial({t["lr_scale"]: _rank_of_trial(t) for t in losses[name]}) for name in names}
-        at_an_edge = {name: scale for name, scale in further.items() if scale is not None}
-        if not at_an_edge:
-            break
-        _try(config, data, folder, plan, at_an_edge, losses, say)
-    best = {name: min(tried, key=_rank_of_trial)["lr_scale"] if tried else 1.0 for name, tried in losses.items()}
-    plan.update(trials=losses, scales=best)
+    config: CompareConfig
+    data: TrainingData
+    folder: Path
+    plan: _Plan
+    command: str
+    say: Say
+    workers: int
 
+    def tune(self) -> None:
+        """The same learning-rate trials for each contestant, judged on the validation split, and more at an edge.
 
-def _try(
-    config: CompareConfig,
-    data: TrainingData,
-    folder: Path,
-    plan: _Plan,
-    scales: Mapping[str, float],
-    losses: dict[str, list[dict[str, Any]]],
-    say: Say,
-) -> None:
-    """One trial of each contestant that has a factor."""
-    shown = ", ".join(f"x{scale:g}" for scale in sorted(set(scales.values())))
-    with _sessions(config, data, folder, plan, scales, config.seed_list()[0], say, are_trials=True) as sessions:
-        _train_together(sessions, f"learning rate {shown}")
-        for name, session in sessions.items():
-            loss = evaluate_run(session.run, ("valid",))["valid"]["loss"] if session.run.done else None
-            losses[name].append({"lr_scale": scales[name], "valid_loss": loss})
+        A budget leaves no time for more.
+        """
+        if "scales" in self.plan.values:
+            return
+        names = [contestant.name for contestant in self.config.contestants()]
+        losses: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        rounds = [dict.fromkeys(names, scale) for scale in self.config.scales()] if self.config.trials > 1 else []
+        self._try(rounds, losses)
+        for _ in range(MOST_FURTHER_TRIALS if rounds and self.config.budget is None else 0):
+            further = {name: further_trial({t["lr_scale"]: _rank_of_trial(t) for t in losses[name]}) for name in names}
+            at_an_edge = {name: scale for name, scale in further.items() if scale is not None}
+            if not at_an_edge:
+                break
+            self._try([at_an_edge], losses)
+        best = {name: min(tried, key=_rank_of_trial)["lr_scale"] if tried else 1.0 for name, tried in losses.items()}
+        self.plan.update(trials=losses, scales=best)
 
+    def _try(self, rounds: Sequence[Mapping[str, float]], losses: dict[str, list[dict[str, Any]]]) -> None:
+        """Trials, in each round one of each contestant that has a factor."""
+        seed = self.config.seed_list()[0]
+        steps = self.config.trial_steps(self._steps)
+        groups = [self._runs(scales, seed, steps=steps) for scales in rounds]
+        for group in self._at_a_time(groups):
+            shown = ", ".join(f"x{scale:g}" for scale in sorted({run.scale for run in group}))
+            found = self._train(group, f"learning rate {shown}")
+            for run, loss in zip(group, found, strict=True):
+                shown_loss = loss if math.isfinite(loss) else None
+                losses[run.name].append({"lr_scale": run.scale, "valid_loss": shown_loss})
 
-def _recheck(
-    config: CompareConfig,
-    data: TrainingData,
-    folder: Path,
-    plan: _Plan,
-    results: Mapping[str, Any],
-    say: Say,
-) -> None:
-    """The baseline beside its rate, in runs as long as the final ones, until the best lies inside.
+    def train_finally(self) -> None:
+        """Every contestant on every seed; the baseline is looked at once more when it is known."""
+        seeds = self.config.seed_list()
+        for group in [[seed] for seed in seeds] if self.workers == 1 else [seeds]:
+            self._final_runs(group)
+            results = self.write()
+            if self.config.recheck_baseline and "recheck" not in self.plan.values:
+                self._recheck(results)
+                self._final_runs(group)
+                self.write()
 
-    Trials may have been shorter, and what we are compared with shall not stand at a rate that is not its best.
-    """
-    name, seed = results["baseline"], config.seed_list()[0]
-    chosen = float(plan.values["scales"][name])
-    (first,) = (model["runs"][0] for model in results["models"] if model["name"] == name)
-    losses = {chosen: first["valid"]["loss"] if first["valid"] else math.inf}
-    for _ in range(MOST_FURTHER_TRIALS):
+    def _final_runs(self, seeds: Sequence[int]) -> None:
+        """Trains every contestant on some seeds; the test split is read here, once a run."""
+        of_all = self.config.seed_list()
+        scales = self.plan.values["scales"]
+        runs = [run for seed in seeds for run in self._runs(scales, seed, steps=self._steps, is_final=True)]
+        alone = len(seeds) == len(of_all)
+        description = "training" if alone else f"seed {of_all.index(seeds[0]) + 1} of {len(of_all)}"
+        self._train(runs, description, describe=seeds[0] == of_all[0])
+
+    def _recheck(self, results: Mapping[str, Any]) -> None:
+        """The baseline beside its rate, in runs as long as the final ones, until the best lies inside.
+
+        Trials may have been shorter, and what we are compared with shall not stand at a rate that is not its best.
+        """
+        name, seed = results["baseline"], self.config.seed_list()[0]
+        chosen = float(self.plan.values["scales"][name])
+        (first,) = (model["runs"][0] for model in results["models"] if model["name"] == name)
+        losses = {chosen: first["valid"]["loss"] if first["valid"] else math.inf}
+        for _ in range(MOST_FURTHER_TRIALS):
+            best = min(losses, key=lambda scale: losses[scale])
+            beside = [scale for scale in (best / 2, best * 2) if scale not in losses]
+            groups = [self._runs({name: scale}, seed, steps=self._steps) for scale in beside]
+            for group in self._at_a_time(groups):
+                shown = ", ".join(f"x{run.scale:g}" for run in group)
+                found = self._train(group, f"{name} again, learning rate {shown}")
+                losses |= {run.scale: loss for run, loss in zip(group, found, strict=True)}
+            if not beside:
+                break
         best = min(losses, key=lambda scale: losses[scale])
-        beside = [scale for scale in (best / 2, best * 2) if scale not in losses]
-        for scale in beside:
-            with _sessions(config, data, folder, plan, {name: scale}, seed, say) as sessions:
-                _train_together(sessions, f"{name} again, learning rate x{scale:g}")
-                run = sessions[name].run
-                loss = evaluate_run(run, ("valid",))["valid"]["loss"] if run.done else math.inf
-                losses[scale] = loss if math.isfinite(loss) else math.inf
-        if not beside:
-            break
-    best = min(losses, key=lambda scale: losses[scale])
-    if best != chosen:
-        say(f"{name}: x{best:g} of its learning rate is better at full length than x{chosen:g}")
-    trials = [
-        {"lr_scale": scale, "valid_loss": loss if math.isfinite(loss) else None} for scale, loss in losses.items()
-    ]
-    recheck = {"model": name, "chosen_before": chosen, "trials": trials}
-    plan.update(recheck=recheck, scales=plan.values["scales"] | {name: best})
+        if best != chosen:
+            self.say(f"{name}: x{best:g} of its learning rate is better at full length than x{chosen:g}")
+        trials = [
+            {"lr_scale": scale, "valid_loss": loss if math.isfinite(loss) else None} for scale, loss in losses.items()
+        ]
+        recheck = {"model": name, "chosen_before": chosen, "trials": trials}
+        self.plan.update(recheck=recheck, scales=self.plan.values["scales"] | {name: best})
+
+    def _at_a_time(self, groups: Sequence[list[PlannedRun]]) -> list[list[PlannedRun]]:
+        """Groups that take turns are trained one after the other, and workers get all at once."""
+        return list(groups) if self.workers == 1 else [list(chain.from_iterable(groups))]
+
+    @property
+    def _steps(self) -> int:
+        return int(self.plan.values["steps"])
+
+    def _runs(self, scales: Mapping[str, float], seed: int, *, steps: int, is_final: bool = False) -> list[PlannedRun]:
+        """A run of each contestant that has a factor."""
+        is_short = steps < self._steps
+
+        def path(contestant: Contestant) -> Path:
+            return run_path(self.folder, contestant, scales[contestant.name], seed, short_trial=is_short)
+
+        return [
+            PlannedRun(contestant, scales[contestant.name], seed, steps, path(contestant), is_final)
+            for contestant in self.config.contestants()
+            if contestant.name in scales
+        ]
+
+    def _train(self, runs: Sequence[PlannedRun], description: str, *, describe: bool = False) -> list[float]:
+        """Validation losses of the runs, infinity for one that diverged."""
+        if not runs:
+            return []
+        if self.workers == 1:
+            return train_in_turns(
+                self.config,
+                self.data,
+                runs,
+                description=description,
+                describe=describe,
+                say=self.say,
+                world=self.plan.world,
+            )
+        # Whoever goes on with this must know that the times of these runs say nothing.
+        self.plan.update(side_by_side=True)
+        return train_side_by_side(
+            self.config,
+            self.data,
+            runs,
+            workers=self.workers,
+            description=description,
+            describe=describe,
+            say=self.say,
+        )
+
+    def measure_times(self) -> None:
+        """Of steps, where the runs did not take turns."""
+        if not self.plan.values.get("side_by_side") or "timing" in self.plan.values:
+            return
+        self.say("measuring the time of steps, which take turns now")
+        self.plan.update(timing=time_in_turns(self.config, self.data, self.plan.values["scales"]))
+
+    def measure_memory(self) -> None:
+        """Peak memory of training each model."""
+        config, plan = self.config, self.plan
+        known = {name for name, size in plan.values.get("memory", {}).items() if size is not None}
+        if known == {contestant.name for contestant in config.contestants()}:
+            return
+        self.say("measuring peak memory, each model in a process of its own")
+
+        def measured(contestant: Contestant) -> int | None:
+            train_config = config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=self._steps)
+            return measure_training_memory(train_config, self.data.folder)
+
+        # One process measures what one process needs; with more of them it is an upper bound.
+        plan.update(memory={c.name: measured(c) for c in config.contestants()} if plan.world.is_first else {})
+
+    def write(self) -> dict[str, Any]:
+        """Writes the results and the report of what there is."""
+        plan = self.plan
+        results = collect_results(
+            self.config,
+            self.data,
+            self.folder,
+            plan=plan.values,
+            command=self.command,
+            created=plan.values["created"],
+            environment=plan.values["environment"],
+        )
+        if plan.world.is_first:
+            write_json_atomic(self.folder / "results.json", results)
+            write_report(Results.from_dict(results), self.folder)
+        # The others read these files too.
+        plan.world.wait()
+        return results
 
 
-def _rank_of_trial(trial: dict[str, Any]) -> float:
+def _rank_of_trial(trial: Mapping[str, Any]) -> float:
     loss = trial["valid_loss"]
     return loss if loss is not None and math.isfinite(loss) else math.inf
-
-
-def _final_runs(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, seed: int, say: Say) -> None:
-    """Trains every contestant on one seed; the test split is read here, once a run."""
-    number, count = config.seed_list().index(seed) + 1, len(config.seed_list())
-    with _sessions(config, data, folder, plan, plan.values["scales"], seed, say) as sessions:
-        if number == 1:
-            for session in sessions.values():
-                for line in describe_run(session.run):
-                    say(line)
-        _train_together(sessions, "training" if count == 1 else f"seed {number} of {count}")
-        for name, session in sessions.items():
-            if session.finished:
-                continue
-            result = evaluate_run(session.run, ("valid", "test")) if session.run.done else None
-            if result is None or not math.isfinite(result["test"]["loss"]):
-                if plan.world.is_first:
-                    lost = {"diverged": True, "seconds": session.seconds, "step": session.run.step}
-                    session.folder.write_result(lost)
-                plan.world.wait()
-                say(f"{name} diverged at step {session.run.step}")
-                continue
-            session.finish(result | {"diverged": False})
-            say(f"{name}: test perplexity {result['test']['perplexity']:.2f}")
-
-
-@contextmanager
-def _sessions(
-    config: CompareConfig,
-    data: TrainingData,
-    folder: Path,
-    plan: _Plan,
-    scales: Mapping[str, float],
-    seed: int,
-    say: Say,
-    *,
-    are_trials: bool = False,
-) -> Iterator[dict[str, TrainingSession]]:
-    final_steps = int(plan.values["steps"])
-    steps = config.trial_steps(final_steps) if are_trials else final_steps
-    with ExitStack() as stack:
-        sessions = {}
-        for contestant in (c for c in config.contestants() if c.name in scales):
-            scale = scales[contestant.name]
-            session = TrainingSession(
-                config.train_config(contestant, scale=scale, seed=seed, steps=steps),
-                data,
-                run_path(folder, contestant, scale, seed, short_trial=steps < final_steps),
-                world=plan.world,
-                warn=lambda line: say(f"passed over {line}"),
-            )
-            stack.callback(session.close)
-            sessions[contestant.name] = session
-        yield sessions
-
-
-def _train_together(sessions: dict[str, TrainingSession], description: str) -> None:
-    """Interleaves the steps, so that every model meets the same moments of a noisy machine.
-
-    A run whose loss is not finite stays where it is, and the others go on.
-    """
-    active = [session for session in sessions.values() if not session.run.done and not session.finished]
-    if not active:
-        return
-    total = sum(session.run.total_steps for session in sessions.values())
-    start = sum(session.steps_done for session in sessions.values())
-    first = next(iter(sessions.values()))
-    stream = sys.stderr if first.world.is_first else io.StringIO()
-    with (
-        StopRequest() as stop,
-        ProgressBar(total, description=description, start_step=start, stream=stream) as progress,
-    ):
-        done = start
-        while active:
-            # The run that is behind goes first; in step, they alternate.
-            session = min(active, key=lambda s: s.run.step)
-            try:
-                result = session.advance()
-            except TrainingDiverged:
-                active.remove(session)
-                continue
-            if session.run.done:
-                active.remove(session)
-            speed = session.run.config.loop.tokens_per_step / result.seconds
-            done += 1
-            progress.update(done, result.loss, speed)
-            number = int(first.world.largest([stop.number or 0], first.run.device)[0])
-            if number:
-                for other in sessions.values():
-                    if not other.finished and other.run.step != other.saved_step:
-                        other.save()
-                        other.wait_for_saving()
-                first.world.wait()
-                raise Interrupted(number, "stopped and saved every run; the same command goes on from there")
-
-
-def _measure_memory(config: CompareConfig, data: TrainingData, plan: _Plan, say: Say) -> None:
-    known = {name for name, size in plan.values.get("memory", {}).items() if size is not None}
-    if known == {contestant.name for contestant in config.contestants()}:
-        return
-    say("measuring peak memory, each model in a process of its own")
-    seed, steps = config.seed_list()[0], int(plan.values["steps"])
-
-    def measured(contestant: Contestant) -> int | None:
-        train_config = config.train_config(contestant, scale=1.0, seed=seed, steps=steps)
-        return measure_training_memory(train_config, data.folder)
-
-    # One process measures what one process needs; with more of them it is an upper bound.
-    plan.update(memory={c.name: measured(c) for c in config.contestants()} if plan.world.is_first else {})
-
-
-def _write(config: CompareConfig, data: TrainingData, folder: Path, plan: _Plan, command: str) -> dict[str, Any]:
-    results = collect_results(
-        config,
-        data,
-        folder,
-        plan=plan.values,
-        command=command,
-        created=plan.values["created"],
-        environment=plan.values["environment"],
-    )
-    if plan.world.is_first:
-        write_json_atomic(folder / "results.json", results)
-        write_report(Results.from_dict(results), folder)
-    # The others read these files too.
-    plan.world.wait()
-    return results

@@ -213,6 +213,8 @@ class Results:
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
         recheck: Of the baseline's learning rate at full length; None where none was asked for.
+        timing_environment: Machine on which steps were timed when the runs, which stood side by side, were done; None
+            where the runs themselves took their steps in turns.
     """
 
     format: int
@@ -229,6 +231,7 @@ class Results:
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
     recheck: Recheck | None = None
+    timing_environment: Environment | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], where: str = FILE_NAME) -> Results:

@@ -27,9 +27,10 @@ from kalmagrove.scaling.pages import LAW_FOLDER, write_pages
 from kalmagrove.scaling.points import read_points
 from kalmagrove.scaling.report import write_scaling_report
 from kalmagrove.scaling.summary import facts_of_sweep, summarise
-from kalmagrove.scaling.sweep import default_workers, sweep
+from kalmagrove.scaling.sweep import sweep
 from kalmagrove.training.config import DataConfig
 from kalmagrove.training.extras import require_extra
+from kalmagrove.training.worker_processes import default_workers
 from kalmagrove.world import ALONE, World
 
 Say = Callable[[str], None]
@@ -45,6 +46,7 @@ def reproduce(
     command: str,
     say: Say,
     world: World = ALONE,
+    workers: int | None = None,
 ) -> list[Answer]:
     """Trains what is missing and answers the claims.
 
@@ -56,6 +58,8 @@ def reproduce(
         command: Repeats it; named in the page.
         say: Told what a person wants to know, a line at a time.
         world: The processes that train every model of a comparison together.
+        workers: Runs that are trained at a time, each by a process of its own; None: one of a comparison, whose models
+            take turns, and one for each GPU or core of the ladder.
 
     Raises:
         UsageError: The folder is of another plan or text, or a study is not in the plan.
@@ -79,11 +83,11 @@ def reproduce(
             if world.size > 1:
                 say(f"the ladder has workers of its own; start {again} without torchrun and --nproc")
                 continue
-            _scale(plan.ladder, folder / name, open_data=open_data, command=again, say=say)
+            _scale(plan.ladder, folder / name, open_data=open_data, workers=workers, command=again, say=say)
         else:
             config = plan.comparisons[name]
             data = world.one_here_before_the_others(partial(open_data, config.data), name)
-            results = compare(config, data, folder / name, command=again, say=say, world=world)
+            results = compare(config, data, folder / name, command=again, say=say, world=world, workers=workers or 1)
             if name in PAPER and plan.other_text is not None and world.is_first:
                 _score_other_text(plan.other_text, folder / name, Results.from_dict(results), say)
             world.wait()
@@ -113,12 +117,14 @@ def _claim(plan: Plan, folder: Path) -> None:
     write_json_atomic(path, wanted)
 
 
-def _scale(config: SweepConfig, folder: Path, *, open_data: OpenData, command: str, say: Say) -> None:
+def _scale(
+    config: SweepConfig, folder: Path, *, open_data: OpenData, workers: int | None, command: str, say: Say
+) -> None:
     """The ladder, its laws, and their figures."""
     data = open_data(config.data)
     if not isinstance(data, PackedText):
         raise UsageError(f"the ladder takes text; {config.data.source} is a {data.modality}")
-    sweep(config, data, folder, workers=default_workers(), storage=None, command=command, say=say)
+    sweep(config, data, folder, workers=workers or default_workers(), storage=None, command=command)
     points = read_points(folder)
     fitted = {point.family for point in points.points}
     baselines = [family.name for family in config.family_list() if family.is_baseline and family.name in fitted]

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import queue
-import signal
-import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.data.packing import PackedText, open_packed
-from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
 from kalmagrove.scaling.ladder import SweepConfig, all_runs, best_scales, checks, rungs
 from kalmagrove.scaling.points import TABLE
@@ -23,13 +16,11 @@ from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
 from kalmagrove.scaling.worker import known_losses, loss_of, outcome_rows, tuning_report, work
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
-from kalmagrove.training.environment import describe_environment, keep_freed_memory, usable_cores
+from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run_folder import open_run_folder
-from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.watching import SWEEP_FACTS
+from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers
 
-Say = Callable[[str], None]
-SECONDS_BETWEEN_LOOKS = 0.5
 GROWING_OPTIONS = frozenset(
     {"families", "sizes", "tokens", "rank_ratios", "seeds", "repeated_sizes", "trials", "checked_size"}
 )
@@ -37,7 +28,7 @@ GROWING_OPTIONS = frozenset(
 
 
 def sweep(
-    config: SweepConfig, data: PackedText, folder: Path, *, workers: int, storage: str | None, command: str, say: Say
+    config: SweepConfig, data: PackedText, folder: Path, *, workers: int, storage: str | None, command: str
 ) -> dict[str, Any]:
     """Trains every run of a ladder, or goes on where an earlier call stopped, perhaps with a ladder that has grown.
 
@@ -50,7 +41,6 @@ def sweep(
         workers: Processes on this machine.
         storage: A journal file or the URL of an SQL database with the study of all machines; None: the folder.
         command: Repeats the sweep; kept in ``sweep.json``.
-        say: Told what a person wants to know, a line at a time.
 
     Returns:
         What ``sweep.json`` holds.
@@ -66,7 +56,7 @@ def sweep(
     share = open_share(config, data, folder, storage)
     losses, done = known_losses(config, share)
     if len(done) < len(all_runs(config, losses)) or len(best_scales(config, losses)) < len(config.family_list()):
-        _train(config, data, folder, share, workers=workers, storage=storage, say=say)
+        _train(config, data, folder, share, workers=workers, storage=storage)
     return write_tables(config, data, folder, share, command=command)
 
 
@@ -79,15 +69,6 @@ def open_share(config: SweepConfig, data: PackedText, folder: Path, storage: str
     return open_study(storage, config, data.fingerprint)
 
 
-def default_workers() -> int:
-    """One for each GPU, else one for each core, since small models use one core best."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.device_count()
-    return usable_cores()
-
-
 def _train(
     config: SweepConfig,
     data: PackedText,
@@ -96,75 +77,23 @@ def _train(
     *,
     workers: int,
     storage: str | None,
-    say: Say,
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    lines: Any = context.Queue()
-    processes = [
-        context.Process(target=_worker, args=(config, data.folder, folder, storage, place, workers, lines))
-        for place in range(workers)
-    ]
-    with StopRequest() as stop, SweepProgress(config, folder, share, data.vocab_size) as progress:
-        for process in processes:
-            process.start()
-        try:
-            failure = _wait(processes, lines, progress, stop)
-        finally:
-            _end(processes)
-    if stop.number is not None:
-        raise Interrupted(stop.number, "stopped and saved every run; the same command goes on from there")
-    if failure is not None:
-        raise KalmaGroveError(failure)
+    with SweepProgress(config, folder, share, data.vocab_size) as progress:
+        run_workers(
+            _work,
+            (config, data.folder, folder, storage),
+            workers=workers,
+            heard={"line": progress.say},
+            looked=progress.update,
+        )
 
 
-def _wait(processes: list[Any], lines: Any, progress: SweepProgress, stop: StopRequest) -> str | None:
-    """Shows what the workers say until all have ended; returns the first error."""
-    while True:
-        ended = not any(process.is_alive() for process in processes)
-        with suppress(queue.Empty):
-            while True:
-                kind, line = lines.get(timeout=0.0 if ended else SECONDS_BETWEEN_LOOKS)
-                if kind == "error":
-                    return str(line)
-                progress.say(line)
-        killed = next((p for p in processes if p.exitcode is not None and p.exitcode < 0), None)
-        if killed is not None and stop.number is None:
-            reason = " (out of memory?)" if killed.exitcode == -signal.SIGKILL else ""
-            killer = f"a worker was killed by signal {-killed.exitcode}{reason}"
-            return f"{killer}; the same command goes on, perhaps with fewer --workers"
-        if ended or stop.number is not None:
-            return None
-        progress.update()
-
-
-def _end(processes: list[Any]) -> None:
-    """Workers that still run save and end."""
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    for process in processes:
-        process.join()
-
-
-def _worker(
-    config: SweepConfig, data_folder: Path, folder: Path, storage: str | None, place: int, workers: int, lines: Any
+def _work(
+    place: int, workers: int, send: Send, config: SweepConfig, data_folder: Path, folder: Path, storage: str | None
 ) -> None:
-    import torch
-
-    keep_freed_memory()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    gpus = torch.cuda.device_count()
-    if gpus > 1 and config.loop.device == "auto":
-        config = replace(config, loop=replace(config.loop, device=f"cuda:{place % gpus}"))
-    try:
-        data = open_packed(data_folder, verify=False)
-        share = open_share(config, data, folder, storage)
-        work(config, data, folder, share, say=lambda line: lines.put(("line", line)))
-    except Interrupted as error:
-        sys.exit(error.exit_code)
-    except (KalmaGroveError, OSError) as error:
-        lines.put(("error", str(error)))
-        sys.exit(1)
+    config = replace(config, loop=loop_of_worker(config.loop, place))
+    data = open_packed(data_folder, verify=False)
+    work(config, data, folder, open_share(config, data, folder, storage), say=lambda line: send("line", line))
 
 
 def write_tables(config: SweepConfig, data: PackedText, folder: Path, share: Share, *, command: str) -> dict[str, Any]:

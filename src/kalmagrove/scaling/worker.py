@@ -20,6 +20,7 @@ from kalmagrove.training.run import TrainingDiverged
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.trainer import evaluate_run
+from kalmagrove.training.worker_processes import stop_where_asked
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -129,10 +130,7 @@ def train_rung(config: SweepConfig, rung: Rung, data: PackedText, folder: Path, 
 def _train_to_the_end(session: TrainingSession, stop: StopRequest) -> None:
     while not session.run.done:
         session.advance()
-        if stop.number is not None and not session.run.done:
-            session.save()
-            session.wait_for_saving()
-            raise Interrupted(stop.number, f"stopped and saved {session.folder.path}; the same command goes on")
+        stop_where_asked(session, stop)
 
 
 def describe_outcome(rung: Rung, result: Mapping[str, Any]) -> str:
