@@ -149,7 +149,8 @@ def make_results() -> Callable[..., Record]:
             "candidate": "ours",
             "models": [model("llama", 2000, llama), *rivals, model("ours", 1000, ours)],
             "paired_time": [{"model": "ours", "baseline": "llama", "ratios": list(time_ratios)}],
-            "recheck": None,
+            "rechecks": [],
+            "timing_environment": None,
         }
 
     return make

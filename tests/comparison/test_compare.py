@@ -139,11 +139,11 @@ def test_workers_give_the_same_scores_and_times_that_took_turns(
     assert run(tmp_path / "demo", packed, conf)["paired_time"] == ours["paired_time"]
 
 
-def test_workers_tune_and_look_at_the_baseline_again_as_one_process_does(packed: PackedText, tmp_path: Path) -> None:
-    conf = config(trials=3, trial_tokens=str(10 * 2 * 16), recheck_baseline=True)
+def test_workers_tune_and_look_at_every_rate_again_as_one_process_does(packed: PackedText, tmp_path: Path) -> None:
+    conf = config(trials=3, trial_tokens=str(10 * 2 * 16), recheck=True)
     alone = run(tmp_path / "alone", packed, conf)
     ours = compare(conf, packed, tmp_path / "workers", command="c", say=lambda line: None, workers=3)
-    assert ours["recheck"] == alone["recheck"]
+    assert ours["rechecks"] == alone["rechecks"]
     for one, other in zip(ours["models"], alone["models"], strict=True):
         assert one["lr_trials"] == other["lr_trials"] and one["runs"][0]["test"] == other["runs"][0]["test"]
 
@@ -207,21 +207,27 @@ def test_short_trials_choose_the_rate_of_longer_runs(packed: PackedText, tmp_pat
         assert RunFolder(folder / f"lr-x{model['lr_scale']:g}" / "seed-0").read_metrics()[-1]["step"] == STEPS
 
 
-def test_the_baseline_is_given_a_better_rate_at_full_length(
+def test_every_side_is_given_a_better_rate_at_full_length(
     packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training_config._DEFAULT_LR, "adamw", 3e-4)
-    conf = config(seeds="0,3", recheck_baseline=True)
+    conf = config(seeds="0,3", recheck=True)
     results = run(tmp_path / "demo", packed, conf)
-    (llama,) = (model for model in results["models"] if model["name"] == "llama-tiny")
-    tried = {trial["lr_scale"]: trial["valid_loss"] for trial in results["recheck"]["trials"]}
-    assert results["recheck"]["model"] == results["baseline"] == "llama-tiny" and {0.5, 1.0, 2.0} <= set(tried)
-    assert llama["lr_scale"] == min(tried, key=lambda scale: tried[scale]) > 1
-    assert [Path(own["folder"]).parts[1] for own in llama["runs"]] == [f"lr-x{llama['lr_scale']:g}"] * 2
-    assert all(own["test"] is not None for own in llama["runs"])
-    # The first seed of the baseline ran by itself.
-    assert len(results["paired_time"][0]["ratios"]) == 1
-    assert "llama-tiny again at full length: validation loss x" in (tmp_path / "demo" / "table.md").read_text()
+    assert [recheck["model"] for recheck in results["rechecks"]] == [model["name"] for model in results["models"]]
+    for recheck, model in zip(results["rechecks"], results["models"], strict=True):
+        tried = {trial["lr_scale"]: trial["valid_loss"] for trial in recheck["trials"]}
+        assert recheck["chosen_before"] == 1 and {0.5, 1.0, 2.0} <= set(tried)
+        assert model["lr_scale"] == min(tried, key=lambda scale: tried[scale])
+        assert [Path(own["folder"]).parts[1] for own in model["runs"]] == [f"lr-x{model['lr_scale']:g}"] * 2
+        assert all(own["test"] is not None for own in model["runs"])
+    llama = results["models"][0]
+    assert llama["name"] == "llama-tiny" and llama["lr_scale"] > 1
+    # Times of the first seed are those of the rates that were chosen first, whose steps took turns.
+    assert len(results["paired_time"][0]["ratios"]) == 2
+    assert (
+        f"beside their best: llama-tiny from x1 to x{llama['lr_scale']:g}"
+        in (tmp_path / "demo" / "table.md").read_text()
+    )
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
     assert run(tmp_path / "demo", packed, conf) == results
 
@@ -229,7 +235,7 @@ def test_the_baseline_is_given_a_better_rate_at_full_length(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recheck_baseline": True, "budget": "10m"}, "leave it or the budget out"),
+        ({"recheck": True, "budget": "10m"}, "leave it or the budget out"),
         ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
         ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
         ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),

@@ -71,7 +71,7 @@ def collect_results(
         },
         "seeds": seeds,
         "trials": config.trials,
-        "recheck": plan.get("recheck"),
+        "rechecks": plan.get("rechecks", []),
         "environment": environment,
         "timing_environment": plan.get("timing", {}).get("environment"),
         "baseline": baseline,
@@ -202,30 +202,29 @@ def _ratios(
 ) -> list[float]:
     """Time of ten steps over the baseline's for the same steps of the same seed, which ran right beside them.
 
-    A trial that became a final run stood beside those of its own round, so with other rates that seed is left out; and
-    so it is where the baseline was trained again by itself.
+    With the first seed those of the rates that were chosen first: at rates that were found afterwards two models may
+    not have stood beside one another, as trials that became final runs do not where the rates differ.
     """
     if "timing" in plan:
         own, theirs = (_blocks(_timed_apart(plan, name)) for name in (contestant.name, baseline))
         return [own[index][1] / theirs[index][1] for index in sorted(own)]
     pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
     scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
+    chosen = {recheck["model"]: float(recheck["chosen_before"]) for recheck in plan.get("rechecks", [])}
+    first = [chosen.get(c.name, scale) for c, scale in zip(pair, scales, strict=True)]
+    trials_are_runs = config.trials > 1 and config.trial_steps(int(plan["steps"])) == int(plan["steps"])
     ratios: list[float] = []
     for seed in config.seed_list():
-        if seed == config.seed_list()[0] and _first_seed_is_apart(config, plan, scales):
+        is_first = seed == config.seed_list()[0]
+        if is_first and trials_are_runs and first[0] != first[1]:
             continue
-        both = [_step_seconds(folder, c, scale, seed) for c, scale in zip(pair, scales, strict=True)]
+        both = [
+            _step_seconds(folder, c, scale, seed) for c, scale in zip(pair, first if is_first else scales, strict=True)
+        ]
         common = both[0].keys() & both[1].keys()
         ours, reference = (_blocks({step: times[step] for step in common}) for times in both)
         ratios += [ours[index][1] / reference[index][1] for index in sorted(ours)]
     return ratios
-
-
-def _first_seed_is_apart(config: CompareConfig, plan: dict[str, Any], scales: list[float]) -> bool:
-    steps, recheck = int(plan["steps"]), plan.get("recheck")
-    if recheck is not None and plan["scales"][recheck["model"]] != recheck["chosen_before"]:
-        return True
-    return config.trials > 1 and config.trial_steps(steps) == steps and scales[0] != scales[1]
 
 
 def _baseline(contestants: list[Contestant], models: list[dict[str, Any]]) -> str:

@@ -168,15 +168,18 @@ class _Comparison:
                 losses[run.name].append({"lr_scale": run.scale, "valid_loss": shown_loss})
 
     def train_finally(self) -> None:
-        """Every contestant on every seed; the baseline is looked at once more when it is known."""
+        """Every contestant on every seed; with the first of them, the rates are looked at once more."""
         seeds = self.config.seed_list()
-        for group in [[seed] for seed in seeds] if self.workers == 1 else [seeds]:
+        first = seeds if self.workers > 1 and not self.config.recheck else seeds[:1]
+        self._final_runs(first)
+        if self.config.recheck and "rechecks" not in self.plan.values:
+            self._recheck(self.write())
+            self._final_runs(first)
+        self.write()
+        others = seeds[len(first) :]
+        for group in [[seed] for seed in others] if self.workers == 1 else [others] if others else []:
             self._final_runs(group)
-            results = self.write()
-            if self.config.recheck_baseline and "recheck" not in self.plan.values:
-                self._recheck(results)
-                self._final_runs(group)
-                self.write()
+            self.write()
 
     def _final_runs(self, seeds: Sequence[int]) -> None:
         """Trains every contestant on some seeds; the test split is read here, once a run."""
@@ -188,32 +191,35 @@ class _Comparison:
         self._train(runs, description, describe=seeds[0] == of_all[0])
 
     def _recheck(self, results: Mapping[str, Any]) -> None:
-        """The baseline beside its rate, in runs as long as the final ones, until the best lies inside.
+        """Every contestant beside its rate, in runs as long as the final ones, until its best lies inside.
 
-        Trials may have been shorter, and what we are compared with shall not stand at a rate that is not its best.
+        Trials may have been shorter, and the longer a training, the lower its best rate.
         """
-        name, seed = results["baseline"], self.config.seed_list()[0]
-        chosen = float(self.plan.values["scales"][name])
-        (first,) = (model["runs"][0] for model in results["models"] if model["name"] == name)
-        losses = {chosen: first["valid"]["loss"] if first["valid"] else math.inf}
+        first_runs = {model["name"]: model["runs"][0]["valid"] for model in results["models"]}
+        chosen = {name: float(scale) for name, scale in self.plan.values["scales"].items()}
+        losses = {
+            name: {scale: first_runs[name]["loss"] if first_runs[name] else math.inf} for name, scale in chosen.items()
+        }
         for _ in range(MOST_FURTHER_TRIALS):
-            best = min(losses, key=lambda scale: losses[scale])
-            beside = [scale for scale in (best / 2, best * 2) if scale not in losses]
-            groups = [self._runs({name: scale}, seed, steps=self._steps) for scale in beside]
-            for group in self._at_a_time(groups):
-                shown = ", ".join(f"x{run.scale:g}" for run in group)
-                found = self._train(group, f"{name} again, learning rate {shown}")
-                losses |= {run.scale: loss for run, loss in zip(group, found, strict=True)}
-            if not beside:
+            beside = [_untried(losses, factor) for factor in (0.5, 2.0)]
+            groups = [self._runs(scales, self.config.seed_list()[0], steps=self._steps) for scales in beside if scales]
+            if not groups:
                 break
-        best = min(losses, key=lambda scale: losses[scale])
-        if best != chosen:
-            self.say(f"{name}: x{best:g} of its learning rate is better at full length than x{chosen:g}")
-        trials = [
-            {"lr_scale": scale, "valid_loss": loss if math.isfinite(loss) else None} for scale, loss in losses.items()
+            for group in self._at_a_time(groups):
+                for run, loss in zip(group, self._train(group, "rates at full length"), strict=True):
+                    losses[run.name][run.scale] = loss
+        best = {name: min(tried, key=tried.__getitem__) for name, tried in losses.items()}
+        for name in (name for name in best if best[name] != chosen[name]):
+            self.say(f"{name}: x{best[name]:g} of its learning rate is better at full length than x{chosen[name]:g}")
+        rechecks = [
+            {
+                "model": name,
+                "chosen_before": chosen[name],
+                "trials": [{"lr_scale": s, "valid_loss": x if math.isfinite(x) else None} for s, x in tried.items()],
+            }
+            for name, tried in losses.items()
         ]
-        recheck = {"model": name, "chosen_before": chosen, "trials": trials}
-        self.plan.update(recheck=recheck, scales=self.plan.values["scales"] | {name: best})
+        self.plan.update(rechecks=rechecks, scales=best)
 
     def _at_a_time(self, groups: Sequence[list[PlannedRun]]) -> list[list[PlannedRun]]:
         """Groups that take turns are trained one after the other, and workers get all at once."""
@@ -302,6 +308,12 @@ class _Comparison:
         # The others read these files too.
         plan.world.wait()
         return results
+
+
+def _untried(losses: Mapping[str, Mapping[float, float]], factor: float) -> dict[str, float]:
+    """The neighbours of the best rates so far, by contestant, that nobody has tried."""
+    beside = {name: factor * min(tried, key=tried.__getitem__) for name, tried in losses.items()}
+    return {name: scale for name, scale in beside.items() if scale not in losses[name]}
 
 
 def _rank_of_trial(trial: Mapping[str, Any]) -> float:

@@ -59,8 +59,8 @@ class CompareConfig:
         trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split. While a side's
             best is at the edge of what was tried, the next one is tried too, unless a budget limits the time.
         trial_tokens: Training tokens of a trial, whose schedule is as long; left out: those of the final runs.
-        recheck_baseline: Whether the better plain Transformer is trained again at half and double its rate, with the
-            first seed and as long as the final runs, until its best lies inside: it alone is given that.
+        recheck: Whether every side is trained again at half and double its rate, with the first seed and as long as the
+            final runs, until its best lies inside.
         budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
         loop: Length and portions; its seed is replaced by each of the seeds.
         weight_decay: Of every side.
@@ -74,7 +74,7 @@ class CompareConfig:
     seeds: str = "0"
     trials: int = 1
     trial_tokens: int | str | None = None
-    recheck_baseline: bool = False
+    recheck: bool = False
     budget: str | None = None
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=1))
     weight_decay: float = 0.1
@@ -87,8 +87,8 @@ class CompareConfig:
             self._check_trial_tokens(self.trial_tokens)
         if self.budget is not None:
             parse_duration(self.budget)
-            if self.recheck_baseline:
-                raise UsageError("recheck_baseline takes as long as it takes; leave it or the budget out")
+            if self.recheck:
+                raise UsageError("recheck takes as long as it takes; leave it or the budget out")
         self.contestants()
         self.seed_list()
 

@@ -99,7 +99,7 @@ class LearningRateTrial:
 
 @dataclass(frozen=True)
 class Recheck:
-    """The baseline trained beside its rate by runs as long as the final ones.
+    """A model trained beside its rate by runs as long as the final ones.
 
     Attributes:
         model: Its name.
@@ -212,7 +212,7 @@ class Results:
         trials: Learning-rate trials a side; 1 is the preset's default, not tuned.
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
-        recheck: Of the baseline's learning rate at full length; None where none was asked for.
+        rechecks: Of the models' learning rates at full length; none where none was asked for.
         timing_environment: Machine on which steps were timed when the runs, which stood side by side, were done; None
             where the runs themselves took their steps in turns.
     """
@@ -230,7 +230,7 @@ class Results:
     candidate: str
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
-    recheck: Recheck | None = None
+    rechecks: tuple[Recheck, ...] = ()
     timing_environment: Environment | None = None
 
     @classmethod
@@ -263,6 +263,10 @@ class Results:
             KeyError: There is none.
         """
         return {model.name: model for model in self.models}[name]
+
+    def rates_tried(self, model: Model) -> tuple[LearningRateTrial, ...]:
+        """Those at full length, where there are any, else those of the trials."""
+        return next((recheck.trials for recheck in self.rechecks if recheck.model == model.name), model.lr_trials)
 
     def time_ratios(self, name: str) -> tuple[float, ...]:
         """Paired ratios of a model's step times to the baseline's; empty where none were measured."""

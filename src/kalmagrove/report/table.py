@@ -274,12 +274,13 @@ def _notes(results: Results) -> list[str]:
         tuned = f"learning rates tuned on the validation split with {results.trials} trials a model"
         if any(len(model.lr_trials) > results.trials for model in results.models):
             tuned += ", and more while the best was at the edge"
-    if results.recheck is not None:
-        again = ", ".join(
-            f"x{trial.lr_scale:g} {'diverged' if trial.valid_loss is None else f'{trial.valid_loss:.4f}'}"
-            for trial in sorted(results.recheck.trials, key=lambda trial: trial.lr_scale)
-        )
-        tuned += f"; {results.recheck.model} again at full length: validation loss {again}"
+    moved = [
+        f"{recheck.model} from x{recheck.chosen_before:g} to x{scale:g}"
+        for recheck in results.rechecks
+        if (scale := results.model(recheck.model).lr_scale) != recheck.chosen_before
+    ]
+    if results.rechecks:
+        tuned += f"; all again at full length, beside their best: {', '.join(moved) or 'none moved'}"
     length = (
         f"{format_count(results.budget.tokens)} training tokens, {tokens_a_parameter(results)} of {results.baseline}"
     )

@@ -13,7 +13,7 @@ from kalmagrove.report.table import format_count
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.costs import model_cost, rung_cost
 from kalmagrove.scaling.ladder import SweepConfig, planned_runs
-from kalmagrove.training.config import DataConfig, ModelConfig, is_usual_transformer
+from kalmagrove.training.config import DataConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -50,20 +50,17 @@ def _comparison_cost(name: str, config: CompareConfig) -> StudyCost:
     finals, trials = len(config.seed_list()), config.trials if config.trials > 1 else 0
     # The best of trials that are as long as the final runs is one of them.
     repeated = 1 if trials and config.trial_steps(steps) == steps else 0
-    of_a_model = ((finals - repeated) * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
-    usual = [c for c in config.contestants() if is_usual_transformer(c.preset, c.optim)]
-    # Which of them is the better one is not known yet; the last is the dearer.
-    rechecked = usual[-1:] if config.recheck_baseline else []
+    # Beside the best rate, at full length.
+    rechecked = 2 if config.recheck else 0
+    longest = finals - repeated + rechecked
+    of_a_model = (longest * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
     runs = tokens = 0
     flops = 0.0
     for contestant in config.contestants():
         vocab_size = _vocab_size(config.data, contestant.preset)
         cost = model_cost(ModelConfig(preset=contestant.preset), vocab_size, config.loop.context_length)
-        runs, tokens = runs + finals - repeated + trials, tokens + of_a_model
+        runs, tokens = runs + longest + trials, tokens + of_a_model
         flops += cost.flops_per_token * of_a_model
-        if contestant in rechecked:
-            beside = 2 * steps * config.loop.tokens_per_step
-            runs, tokens, flops = runs + 2, tokens + beside, flops + cost.flops_per_token * beside
     return StudyCost(name, runs, tokens, flops)
 
 

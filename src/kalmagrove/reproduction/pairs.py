@@ -80,17 +80,12 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
         found.append(f"{results.budget.epochs:.1f} passes over the text without dropout, which the smaller model bears")
     if is_at_edge(results, rival):
         found.append(f"the best learning rate of {rival.name} is at the edge of those that were tried")
-    recheck = results.recheck
-    if recheck is not None and rival.name == results.baseline != recheck.model:
-        found.append(f"{rival.name} was not tried again at full length, but {recheck.model}")
     return found
 
 
 def is_at_edge(results: Results, model: Model) -> bool:
     """Whether the best rate of a model has no worse one on one of its sides."""
-    recheck = results.recheck
-    trials = recheck.trials if recheck is not None and recheck.model == model.name else model.lr_trials
-    losses = {trial.lr_scale: trial.valid_loss for trial in trials}
+    losses = {trial.lr_scale: trial.valid_loss for trial in results.rates_tried(model)}
     known = {scale: loss for scale, loss in losses.items() if loss is not None}
     if len(losses) < 2 or not known:
         return False
