@@ -201,13 +201,10 @@ class _Comparison:
             name: {scale: first_runs[name]["loss"] if first_runs[name] else math.inf} for name, scale in chosen.items()
         }
         for _ in range(MOST_FURTHER_TRIALS):
-            beside = [_untried(losses, factor) for factor in (0.5, 2.0)]
-            groups = [self._runs(scales, self.config.seed_list()[0], steps=self._steps) for scales in beside if scales]
-            if not groups:
-                break
-            for group in self._at_a_time(groups):
-                for run, loss in zip(group, self._train(group, "rates at full length"), strict=True):
-                    losses[run.name][run.scale] = loss
+            beside = {name: scale for name, tried in losses.items() if (scale := _untried_neighbour(tried)) is not None}
+            runs = self._runs(beside, self.config.seed_list()[0], steps=self._steps)
+            for run, loss in zip(runs, self._train(runs, "rates at full length"), strict=True):
+                losses[run.name][run.scale] = loss
         best = {name: min(tried, key=tried.__getitem__) for name, tried in losses.items()}
         for name in (name for name in best if best[name] != chosen[name]):
             self.say(f"{name}: x{best[name]:g} of its learning rate is better at full length than x{chosen[name]:g}")
@@ -310,10 +307,10 @@ class _Comparison:
         return results
 
 
-def _untried(losses: Mapping[str, Mapping[float, float]], factor: float) -> dict[str, float]:
-    """The neighbours of the best rates so far, by contestant, that nobody has tried."""
-    beside = {name: factor * min(tried, key=tried.__getitem__) for name, tried in losses.items()}
-    return {name: scale for name, scale in beside.items() if scale not in losses[name]}
+def _untried_neighbour(losses: Mapping[float, float]) -> float | None:
+    """Half or double the best rate so far, the lower first: where it is better, the other one need not be tried."""
+    best = min(losses, key=losses.__getitem__)
+    return next((scale for scale in (best / 2, best * 2) if scale not in losses), None)
 
 
 def _rank_of_trial(trial: Mapping[str, Any]) -> float:
