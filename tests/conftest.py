@@ -150,6 +150,7 @@ def make_results() -> Callable[..., Record]:
             "models": [model("llama", 2000, llama), *rivals, model("ours", 1000, ours)],
             "paired_time": [{"model": "ours", "baseline": "llama", "ratios": list(time_ratios)}],
             "rechecks": [],
+            "side_by_side": False,
             "timing_environment": None,
         }
 

@@ -49,6 +49,9 @@ def run(words: Sequence[str]) -> None:
     parser = make_compare_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
+    from kalmagrove.comparison.compare import check_workers
+
+    check_workers(options.workers, config, options.nproc)
     if started_processes("compare", words, options.nproc):
         return
     from kalmagrove.comparison.compare import compare

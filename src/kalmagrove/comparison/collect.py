@@ -73,6 +73,7 @@ def collect_results(
         "trials": config.trials,
         "rechecks": plan.get("rechecks", []),
         "environment": environment,
+        "side_by_side": plan.get("side_by_side", False),
         "timing_environment": plan.get("timing", {}).get("environment"),
         "baseline": baseline,
         "candidate": _candidate(contestants, baseline),
@@ -100,11 +101,11 @@ def _model(
     parameters = count_parameters(build_empty(decoder))
     runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
     measured = [_step_seconds(folder, contestant, scale, seed) for seed in config.seed_list()]
-    if "timing" in plan:
+    if plan.get("side_by_side"):
         measured = [_timed_apart(plan, contestant.name)]
     seconds = [block / size for times in measured for size, block in _blocks(times).values()]
-    if "timing" in plan:
-        _retime(runs, statistics.median(seconds), config.loop.tokens_per_step)
+    if plan.get("side_by_side"):
+        _retime(runs, statistics.median(seconds) if seconds else None, config.loop.tokens_per_step)
     precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
     return {
         "name": contestant.name,
@@ -173,16 +174,17 @@ def _step_seconds(folder: Path, contestant: Contestant, scale: float, seed: int)
 
 def _timed_apart(plan: Mapping[str, Any], name: str) -> dict[int, float]:
     """Times of steps that took turns when all runs were done, as if they were the steps behind the warm-up."""
-    return dict(enumerate(plan["timing"]["step_seconds"][name], TIMING_WARMUP + 1))
+    seconds = plan.get("timing", {}).get("step_seconds", {}).get(name, [])
+    return dict(enumerate(seconds, TIMING_WARMUP + 1))
 
 
-def _retime(runs: list[dict[str, Any]], step_seconds: float, tokens_per_step: int) -> None:
-    """Replaces the seconds of runs that stood side by side by those that they would have taken alone."""
+def _retime(runs: list[dict[str, Any]], step_seconds: float | None, tokens_per_step: int) -> None:
+    """Replaces the seconds of runs that stood side by side by those that they would have taken alone, if known."""
     for run in runs:
         curve = run["curve"]
-        curve["seconds"] = [tokens / tokens_per_step * step_seconds for tokens in curve["tokens"]]
+        curve["seconds"] = [tokens / tokens_per_step * (step_seconds or 0.0) for tokens in curve["tokens"]]
         if run["seconds"] is not None:
-            run["seconds"] = curve["seconds"][-1] if curve["seconds"] else 0.0
+            run["seconds"] = None if step_seconds is None else next(reversed(curve["seconds"]), 0.0)
 
 
 def _blocks(seconds: dict[int, float]) -> dict[int, tuple[int, float]]:
@@ -205,9 +207,9 @@ def _ratios(
     With the first seed those of the rates that were chosen first: at rates that were found afterwards two models may
     not have stood beside one another, as trials that became final runs do not where the rates differ.
     """
-    if "timing" in plan:
+    if plan.get("side_by_side"):
         own, theirs = (_blocks(_timed_apart(plan, name)) for name in (contestant.name, baseline))
-        return [own[index][1] / theirs[index][1] for index in sorted(own)]
+        return [own[index][1] / theirs[index][1] for index in sorted(own.keys() & theirs.keys())]
     pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
     scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
     chosen = {recheck["model"]: float(recheck["chosen_before"]) for recheck in plan.get("rechecks", [])}

@@ -16,7 +16,7 @@ from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.comparison.in_turns import train_in_turns
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
-from kalmagrove.comparison.runs import PlannedRun, Say, run_path
+from kalmagrove.comparison.runs import PlannedRun, Say, known_loss, run_path
 from kalmagrove.comparison.side_by_side import train_side_by_side
 from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
@@ -60,7 +60,7 @@ def compare(
         UsageError: Workers beside other processes or a budget, or fewer than one.
         KalmaGroveError: The folder belongs to another comparison.
     """
-    _check_workers(workers, config, world)
+    check_workers(workers, config, world.size)
     plan = _Plan(folder / "plan.json", world)
     # Nobody writes before all have read.
     world.wait()
@@ -80,13 +80,22 @@ def compare(
         return comparison.write()
 
 
-def _check_workers(workers: int, config: CompareConfig, world: World) -> None:
+def check_workers(workers: int, config: CompareConfig, processes: int) -> None:
+    """Whether so many workers can do a comparison.
+
+    Raises:
+        UsageError: They cannot.
+    """
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, got {workers}")
-    if workers > 1 and world.size > 1:
+    if workers == 1:
+        return
+    if processes > 1:
         raise UsageError("--workers train a run each, and --nproc or torchrun all of them together; choose one")
-    if workers > 1 and config.budget is not None:
+    if config.budget is not None:
         raise UsageError("a budget counts steps that take turns; leave out --workers, or give --tokens")
+    if config.loop.grow_rank:
+        raise UsageError("ranks that grow change the time of a step on the way; leave out --workers or grow_rank")
 
 
 def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
@@ -168,44 +177,34 @@ class _Comparison:
                 losses[run.name].append({"lr_scale": run.scale, "valid_loss": shown_loss})
 
     def train_finally(self) -> None:
-        """Every contestant on every seed; with the first of them, the rates are looked at once more."""
-        seeds = self.config.seed_list()
-        first = seeds if self.workers > 1 and not self.config.recheck else seeds[:1]
-        self._final_runs(first)
+        """Every contestant on every seed; the test split is read here, once a run."""
         if self.config.recheck and "rechecks" not in self.plan.values:
-            self._recheck(self.write())
-            self._final_runs(first)
-        self.write()
-        others = seeds[len(first) :]
-        for group in [[seed] for seed in others] if self.workers == 1 else [others] if others else []:
-            self._final_runs(group)
+            self._recheck()
+        seeds, scales = self.config.seed_list(), self.plan.values["scales"]
+        groups = [self._runs(scales, seed, steps=self._steps, is_final=True) for seed in seeds]
+        for number, group in enumerate(self._at_a_time(groups), 1):
+            several = self.workers == 1 and len(seeds) > 1
+            description = f"seed {number} of {len(seeds)}" if several else "training"
+            self._train(group, description, describe=number == 1)
             self.write()
 
-    def _final_runs(self, seeds: Sequence[int]) -> None:
-        """Trains every contestant on some seeds; the test split is read here, once a run."""
-        of_all = self.config.seed_list()
-        scales = self.plan.values["scales"]
-        runs = [run for seed in seeds for run in self._runs(scales, seed, steps=self._steps, is_final=True)]
-        alone = len(seeds) == len(of_all)
-        description = "training" if alone else f"seed {of_all.index(seeds[0]) + 1} of {len(of_all)}"
-        self._train(runs, description, describe=seeds[0] == of_all[0])
-
-    def _recheck(self, results: Mapping[str, Any]) -> None:
+    def _recheck(self) -> None:
         """Every contestant beside its rate, in runs as long as the final ones, until its best lies inside.
 
         Trials may have been shorter, and the longer a training, the lower its best rate.
         """
-        first_runs = {model["name"]: model["runs"][0]["valid"] for model in results["models"]}
         chosen = {name: float(scale) for name, scale in self.plan.values["scales"].items()}
-        losses = {
-            name: {scale: first_runs[name]["loss"] if first_runs[name] else math.inf} for name, scale in chosen.items()
-        }
-        for _ in range(MOST_FURTHER_TRIALS):
-            beside = {name: scale for name, tried in losses.items() if (scale := _untried_neighbour(tried)) is not None}
+        losses: dict[str, dict[float, float]] = {name: {} for name in chosen}
+        beside = chosen
+        # One more for the rates that were chosen.
+        for _ in range(MOST_FURTHER_TRIALS + 1):
             runs = self._runs(beside, self.config.seed_list()[0], steps=self._steps)
             for run, loss in zip(runs, self._train(runs, "rates at full length"), strict=True):
                 losses[run.name][run.scale] = loss
-        best = {name: min(tried, key=tried.__getitem__) for name, tried in losses.items()}
+            beside = {name: scale for name, tried in losses.items() if (scale := _untried_neighbour(tried)) is not None}
+            if not beside:
+                break
+        best = {name: _best_rate(tried) for name, tried in losses.items()}
         for name in (name for name in best if best[name] != chosen[name]):
             self.say(f"{name}: x{best[name]:g} of its learning rate is better at full length than x{chosen[name]:g}")
         rechecks = [
@@ -253,24 +252,32 @@ class _Comparison:
                 say=self.say,
                 world=self.plan.world,
             )
-        # Whoever goes on with this must know that the times of these runs say nothing.
-        self.plan.update(side_by_side=True)
-        return train_side_by_side(
-            self.config,
-            self.data,
-            runs,
-            workers=self.workers,
-            description=description,
-            describe=describe,
-            say=self.say,
-        )
+        known = {run: loss for run in runs if (loss := known_loss(run)) is not None}
+        missing = [run for run in runs if run not in known]
+        if missing:
+            # Whoever goes on with this must know that the times of these runs say nothing.
+            self.plan.update(side_by_side=True)
+            found = train_side_by_side(
+                self.config,
+                self.data,
+                missing,
+                workers=self.workers,
+                description=description,
+                describe=describe,
+                say=self.say,
+            )
+            known |= dict(zip(missing, found, strict=True))
+        return [known[run] for run in runs]
 
     def measure_times(self) -> None:
         """Of steps, where the runs did not take turns."""
         if not self.plan.values.get("side_by_side") or "timing" in self.plan.values:
             return
         self.say("measuring the time of steps, which take turns now")
-        self.plan.update(timing=time_in_turns(self.config, self.data, self.plan.values["scales"]))
+        # The other processes would be what it is disturbed by.
+        first = self.plan.world.is_first
+        scales, steps = self.plan.values["scales"], self._steps
+        self.plan.update(timing=time_in_turns(self.config, self.data, scales, steps=steps) if first else {})
 
     def measure_memory(self) -> None:
         """Peak memory of training each model."""
@@ -307,9 +314,14 @@ class _Comparison:
         return results
 
 
+def _best_rate(losses: Mapping[float, float]) -> float:
+    """The factor with the lowest loss; where all diverged the lowest, beside which others may do."""
+    return min(losses, key=lambda scale: (losses[scale], scale))
+
+
 def _untried_neighbour(losses: Mapping[float, float]) -> float | None:
     """Half or double the best rate so far, the lower first: where it is better, the other one need not be tried."""
-    best = min(losses, key=losses.__getitem__)
+    best = _best_rate(losses)
     return next((scale for scale in (best / 2, best * 2) if scale not in losses), None)
 
 

@@ -59,8 +59,8 @@ class CompareConfig:
         trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split. While a side's
             best is at the edge of what was tried, the next one is tried too, unless a budget limits the time.
         trial_tokens: Training tokens of a trial, whose schedule is as long; left out: those of the final runs.
-        recheck: Whether every side is trained again at half and double its rate, with the first seed and as long as the
-            final runs, until its best lies inside.
+        recheck: Whether every side is trained beside its rate too, with the first seed and as long as the final runs:
+            at half of it, and at double where half is not better, until the best lies inside, at most four more.
         budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
         loop: Length and portions; its seed is replaced by each of the seeds.
         weight_decay: Of every side.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.data.training_data import TrainingData
+from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.trainer import evaluate_run
 from kalmagrove.world import ALONE, World
@@ -59,15 +60,21 @@ def open_session(
     return TrainingSession(train_config, data, run.path, world=world, warn=lambda line: say(f"passed over {line}"))
 
 
+def known_loss(run: PlannedRun) -> float | None:
+    """Validation loss of a run that has its result, infinity where it diverged; None for one that has none yet."""
+    result = RunFolder(run.path).read_result() if run.path.is_dir() else None
+    return None if result is None else float((result.get("valid") or {}).get("loss", math.inf))
+
+
 def conclude(run: PlannedRun, session: TrainingSession, say: Say) -> float:
     """Reads what a run came to: a final one gets its result, and its test split is read once.
 
     Returns:
         Validation loss in nats a token; infinity for a run that diverged.
     """
-    if session.finished:
-        known = (session.folder.read_result() or {}).get("valid") or {}
-        return float(known.get("loss", math.inf))
+    known = known_loss(run)
+    if known is not None:
+        return known
     if not run.is_final:
         loss = evaluate_run(session.run, ("valid",))["valid"]["loss"] if session.run.done else math.inf
         return float(loss) if math.isfinite(loss) else math.inf

@@ -14,9 +14,11 @@ from typing import Any
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.comparison.runs import PlannedRun, Say, conclude, open_session
 from kalmagrove.data.training_data import TrainingData, open_training_data
+from kalmagrove.training.checkpoint import named_steps
 from kalmagrove.training.run import TrainingDiverged
+from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
-from kalmagrove.training.signals import StopRequest
+from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.tracking import ProgressBar
 from kalmagrove.training.trainer import describe_run
 from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers, stop_where_asked
@@ -55,8 +57,10 @@ def train_side_by_side(
     losses: dict[int, float] = {}
     described = {run.name: index for index, run in reversed(list(enumerate(runs)))} if describe else {}
     counter: Any = multiprocessing.get_context("spawn").Value("i", 0)
-    with ProgressBar(sum(run.steps for run in runs), description=description) as progress:
-        shown = _Progress(progress)
+    done = {index: _saved_step(run) for index, run in enumerate(runs)}
+    total = sum(run.steps for run in runs)
+    with ProgressBar(total, description=description, start_step=sum(done.values())) as progress:
+        shown = _Progress(progress, done)
         run_workers(
             _work,
             (config, data.folder, list(runs), frozenset(described.values()), counter),
@@ -69,9 +73,8 @@ def train_side_by_side(
 class _Progress:
     """Adds up where the workers are."""
 
-    def __init__(self, progress: ProgressBar) -> None:
-        self._progress = progress
-        self._steps: dict[int, int] = {}
+    def __init__(self, progress: ProgressBar, done: dict[int, int]) -> None:
+        self._progress, self._steps = progress, done
         self._speeds: dict[int, float] = {}
 
     def update(self, message: tuple[int, int, float, float]) -> None:
@@ -82,9 +85,12 @@ class _Progress:
             self._progress.update(sum(self._steps.values()), loss, sum(self._speeds.values()))
 
 
+def _saved_step(run: PlannedRun) -> int:
+    return max(named_steps(RunFolder(run.path).checkpoints_path), default=0)
+
+
 def _work(
     place: int,
-    workers: int,
     send: Send,
     config: CompareConfig,
     data_folder: Path,
@@ -96,7 +102,7 @@ def _work(
     data = open_training_data(data_folder, verify=False)
     config = replace(config, loop=loop_of_worker(config.loop, place))
     with StopRequest() as stop:
-        while (index := _next(counter)) < len(runs):
+        while stop.number is None and (index := _next(counter)) < len(runs):
             with closing(open_session(config, data, runs[index], say=lambda line: send("line", line))) as session:
                 if index in described:
                     send("line", "\n".join(describe_run(session.run)))
@@ -104,6 +110,8 @@ def _work(
                 loss = conclude(runs[index], session, lambda line: send("line", line))
                 send("step", (index, session.run.total_steps, loss, 0.0))
                 send("loss", (index, loss))
+    if stop.number is not None:
+        raise Interrupted(stop.number, "stopped between two runs; the same command goes on from there")
 
 
 def _next(counter: Any) -> int:
@@ -115,7 +123,9 @@ def _next(counter: Any) -> int:
 def _train(session: TrainingSession, index: int, stop: StopRequest, send: Send) -> None:
     """All steps that are left, until the last one, a signal, or a loss that is not a number."""
     said = 0.0
-    while not session.run.done and not session.finished:
+    if session.finished:
+        return
+    while not session.run.done:
         try:
             result = session.advance()
         except TrainingDiverged:

@@ -8,7 +8,8 @@ from typing import Any
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run import TrainingRun
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
+from kalmagrove.training.signals import Interrupted, StopRequest
 
 TIMING_WARMUP = 10
 BLOCK = 10
@@ -16,30 +17,36 @@ BLOCK = 10
 TIMED_STEPS = 100
 
 
-def time_in_turns(config: CompareConfig, data: TrainingData, scales: Mapping[str, float]) -> dict[str, Any]:
+def time_in_turns(
+    config: CompareConfig, data: TrainingData, scales: Mapping[str, float], *, steps: int
+) -> dict[str, Any]:
     """Trains every contestant anew for some steps that alternate in this process, with nothing beside them.
 
     Args:
         config: The comparison.
         data: Its data.
-        scales: Factors on the learning rates by contestant, so that the steps are like those of the runs.
+        scales: Factors on the learning rates by contestant.
+        steps: Of the comparison's runs, whose first ones are done again.
 
     Returns:
-        ``step_seconds``, by contestant those of each step behind the warm-up, and the ``environment`` of the machine.
+        ``step_seconds``, by contestant those of each step behind the warm-up, none where it diverged, and the
+        ``environment`` of the machine.
+
+    Raises:
+        Interrupted: A signal came.
     """
-    steps = TIMING_WARMUP + TIMED_STEPS
+    timed = TIMING_WARMUP + TIMED_STEPS
     runs = {
         contestant.name: TrainingRun(
-            config.train_config(contestant, scale=scales[contestant.name], seed=config.seed_list()[0], steps=steps),
+            config.train_config(
+                contestant, scale=scales[contestant.name], seed=config.seed_list()[0], steps=max(steps, timed)
+            ),
             data,
         )
         for contestant in config.contestants()
     }
     try:
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(steps):
-            for name, run in runs.items():
-                seconds[name].append(run.train_step().seconds)
+        seconds = _take_turns(runs, timed)
     finally:
         for run in runs.values():
             run.loss.close()
@@ -47,3 +54,19 @@ def time_in_turns(config: CompareConfig, data: TrainingData, scales: Mapping[str
         "step_seconds": {name: times[TIMING_WARMUP:] for name, times in seconds.items()},
         "environment": describe_environment(),
     }
+
+
+def _take_turns(runs: Mapping[str, TrainingRun], steps: int) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    active = dict(runs)
+    with StopRequest() as stop:
+        for _ in range(steps):
+            for name, run in list(active.items()):
+                try:
+                    seconds[name].append(run.train_step().seconds)
+                except TrainingDiverged:
+                    del active[name]
+                    seconds[name].clear()
+                if stop.number is not None:
+                    raise Interrupted(stop.number, "stopped while steps were timed; the same command does it again")
+    return seconds

@@ -75,10 +75,10 @@ def render_page(results: Results) -> str:
         table=build_table(results),
         colours={model.name: line_colour(results, model.name) for model in results.models},
         ratio_chart=ratio_chart(results),
-        loss_charts=[chart for chart in (loss_chart(results, "tokens"), loss_chart(results, "seconds")) if chart],
+        loss_charts=[chart for chart in _loss_charts(results) if chart],
         has_valid_curve=any(run.valid_curve.tokens for model in results.models for run in model.runs),
         differences=differences(results.models),
-        tried_rates=tried_rates(results.models),
+        tried_rates=tried_rates(results),
         environment=describe_environment(results.environment),
         tokens_a_parameter=tokens_a_parameter(results),
     )
@@ -94,19 +94,27 @@ def differences(models: tuple[Model, ...]) -> list[Difference]:
     return found + _differing("optim.", [{k: v for k, v in m.optim_config.items() if k != "name"} for m in models])
 
 
-def tried_rates(models: tuple[Model, ...]) -> list[TriedRate]:
-    """One row for each factor that any model tried; empty where nothing was tuned."""
-    scales = sorted({trial.lr_scale for model in models for trial in model.lr_trials})
+def tried_rates(results: Results) -> list[TriedRate]:
+    """One row for each factor that any model tried, at full length where that was done; empty if nothing was tuned."""
+    tried = {model.name: {t.lr_scale: t.valid_loss for t in results.rates_tried(model)} for model in results.models}
     rows = []
-    for scale in scales:
-        losses = []
-        for model in models:
-            tried = [trial for trial in model.lr_trials if trial.lr_scale == scale]
-            loss = tried[0].valid_loss if tried else None
-            losses.append("not tried" if not tried else "diverged" if loss is None else f"{loss:.3f}")
-        chosen = tuple(bool(model.lr_trials) and model.lr_scale == scale for model in models)
-        rows.append(TriedRate(f"{scale:g}", tuple(losses), chosen))
+    for scale in sorted({scale for losses in tried.values() for scale in losses}):
+        chosen = tuple(bool(tried[model.name]) and model.lr_scale == scale for model in results.models)
+        rows.append(TriedRate(f"{scale:g}", tuple(_tried(losses, scale) for losses in tried.values()), chosen))
     return rows
+
+
+def _tried(losses: Mapping[float, float | None], scale: float) -> str:
+    if scale not in losses:
+        return "not tried"
+    loss = losses[scale]
+    return "diverged" if loss is None else f"{loss:.3f}"
+
+
+def _loss_charts(results: Results) -> list[str]:
+    """Against tokens, and against seconds where they are known."""
+    is_timed = not results.side_by_side or results.timing_environment is not None
+    return [loss_chart(results, "tokens"), *([loss_chart(results, "seconds")] if is_timed else [])]
 
 
 def describe_environment(environment: Environment) -> list[tuple[str, str]]:

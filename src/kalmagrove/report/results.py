@@ -213,8 +213,8 @@ class Results:
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
         rechecks: Of the models' learning rates at full length; none where none was asked for.
-        timing_environment: Machine on which steps were timed when the runs, which stood side by side, were done; None
-            where the runs themselves took their steps in turns.
+        side_by_side: Whether runs were trained by several workers at a time, so that steps had to be timed apart.
+        timing_environment: Machine on which that was done; None until it is.
     """
 
     format: int
@@ -231,6 +231,7 @@ class Results:
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
     rechecks: tuple[Recheck, ...] = ()
+    side_by_side: bool = False
     timing_environment: Environment | None = None
 
     @classmethod
@@ -263,6 +264,11 @@ class Results:
             KeyError: There is none.
         """
         return {model.name: model for model in self.models}[name]
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether learning rates were tried for every model."""
+        return self.trials > 1 or bool(self.rechecks)
 
     def rates_tried(self, model: Model) -> tuple[LearningRateTrial, ...]:
         """Those at full length, where there are any, else those of the trials."""

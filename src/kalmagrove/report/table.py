@@ -269,18 +269,7 @@ def _notes(results: Results) -> list[str]:
     else:
         plural = "seed" if count == 1 else "seeds"
         about_seeds = f"{count} {plural} ({seeds}): no interval, so a small difference may be chance"
-    tuned = "learning rates not tuned: preset defaults"
-    if results.trials > 1:
-        tuned = f"learning rates tuned on the validation split with {results.trials} trials a model"
-        if any(len(model.lr_trials) > results.trials for model in results.models):
-            tuned += ", and more while the best was at the edge"
-    moved = [
-        f"{recheck.model} from x{recheck.chosen_before:g} to x{scale:g}"
-        for recheck in results.rechecks
-        if (scale := results.model(recheck.model).lr_scale) != recheck.chosen_before
-    ]
-    if results.rechecks:
-        tuned += f"; all again at full length, beside their best: {', '.join(moved) or 'none moved'}"
+    tuned = _tuning(results)
     length = (
         f"{format_count(results.budget.tokens)} training tokens, {tokens_a_parameter(results)} of {results.baseline}"
     )
@@ -288,6 +277,24 @@ def _notes(results: Results) -> list[str]:
         length += ": screening, fewer than 20; long training may rank the models differently"
     notes = [f"less is better in every row; ratios are to {results.baseline}", about_seeds, tuned, length]
     return notes + _unusual_runs(results)
+
+
+def _tuning(results: Results) -> str:
+    """How the learning rates were found."""
+    if not results.is_tuned:
+        return "learning rates not tuned: preset defaults"
+    how = []
+    if results.trials > 1:
+        further = any(len(model.lr_trials) > results.trials for model in results.models)
+        how.append(f"{results.trials} trials a model" + (", more while the best was at the edge" if further else ""))
+    if results.rechecks:
+        moved = [
+            f"{recheck.model} from x{recheck.chosen_before:g} to x{scale:g}"
+            for recheck in results.rechecks
+            if (scale := results.model(recheck.model).lr_scale) != recheck.chosen_before
+        ]
+        how.append(f"the rates beside the best at full length ({', '.join(moved) or 'none moved'})")
+    return "learning rates tuned on the validation split: " + ", then ".join(how)
 
 
 def tokens_a_parameter(results: Results) -> str:

@@ -37,7 +37,7 @@ def verdict(results: Results) -> Verdict:
     parts = [claim + _costs_text(results, candidate, baseline) + f" ({'; '.join(_caveats(results, ratio))})"]
     parts += [text for model in (candidate, baseline) if (text := _divergence(model))]
     parts += [text for text in (_better_other(results, candidate),) if text]
-    is_weak = ratio.n < FEWEST_SHOWN and (results.trials == 1 or results.screening)
+    is_weak = ratio.n < FEWEST_SHOWN and (not results.is_tuned or results.screening)
     tone = _tone(results, candidate, baseline, change)
     return Verdict("; ".join(parts) + ".", "undecided" if is_weak and tone == "better" else tone)
 
@@ -109,7 +109,7 @@ def _caveats(results: Results, ratio: Interval) -> list[str]:
         caveats = [f"{count}: 95 % interval of the ratio {low:.3f} to {high:.3f}"]
     if any(_unfinished(results.model(name)) for name in (results.candidate, results.baseline)):
         caveats.append(f"not finished: {ratio.n} of {planned} seeds so far")
-    if results.trials == 1:
+    if not results.is_tuned:
         caveats.append("learning rates not tuned")
     if results.screening:
         caveats.append(f"screening: {tokens_a_parameter(results)}")

@@ -51,7 +51,7 @@ def _comparison_cost(name: str, config: CompareConfig) -> StudyCost:
     # The best of trials that are as long as the final runs is one of them.
     repeated = 1 if trials and config.trial_steps(steps) == steps else 0
     # Beside the best rate, at full length.
-    rechecked = 2 if config.recheck else 0
+    rechecked = 2 if config.recheck and not repeated else 0
     longest = finals - repeated + rechecked
     of_a_model = (longest * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
     runs = tokens = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.files import write_json_atomic, write_text_atomic
-from kalmagrove.report.results import Metric, Model, Results, Split
+from kalmagrove.report.results import Environment, Metric, Model, Results, Split
 from kalmagrove.report.statistics import median_spread, ratio_interval
 from kalmagrove.report.table import build_table, format_count, format_score, to_markdown
 from kalmagrove.reproduction.answers import Answer, shown
@@ -152,16 +152,20 @@ def _claims(answers: list[Answer]) -> str:
     return "\n".join(lines)
 
 
+def _machine(environment: Environment) -> str:
+    known = (environment.cpu, f"{environment.usable_cores} cores", *environment.gpus)
+    return ", ".join(text for text in known if text)
+
+
 def _studies(plan: Plan, evidence: Evidence) -> list[str]:
     parts: list[str] = []
     for name in plan.names:
         study = evidence.studies.get(name)
         if study is None:
             continue
-        environment = study.results.environment
-        machine = ", ".join(
-            text for text in (environment.cpu, f"{environment.usable_cores} cores", *environment.gpus) if text
-        )
+        timed = study.results.timing_environment
+        machine = _machine(study.results.environment)
+        machine += "" if timed is None else f"; steps timed on {_machine(timed)}"
         parts += [
             f"## {name}: {STUDIES[name]}",
             f"    {study.results.command}",

@@ -73,7 +73,7 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     results = study.results
     lost = sorted(lost_seeds(ours, rival))
     found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
-    found += ["learning rates not tuned"] if results.trials == 1 else []
+    found += [] if results.is_tuned else ["learning rates not tuned"]
     if results.screening:
         found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:

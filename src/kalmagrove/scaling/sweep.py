@@ -88,9 +88,7 @@ def _train(
         )
 
 
-def _work(
-    place: int, workers: int, send: Send, config: SweepConfig, data_folder: Path, folder: Path, storage: str | None
-) -> None:
+def _work(place: int, send: Send, config: SweepConfig, data_folder: Path, folder: Path, storage: str | None) -> None:
     config = replace(config, loop=loop_of_worker(config.loop, place))
     data = open_packed(data_folder, verify=False)
     work(config, data, folder, open_share(config, data, folder, storage), say=lambda line: send("line", line))

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -20,13 +21,15 @@ from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 
 SECONDS_BETWEEN_LOOKS = 0.5
+MOST_MESSAGES_AT_A_TIME = 1000
+"""After so many the processes are looked at again, however fast messages come."""
 Send = Callable[[str, Any], None]
 
 
 class Work(Protocol):
     """What a worker does: a function of a module, so that a new process can find it."""
 
-    def __call__(self, place: int, workers: int, send: Send, /, *arguments: Any) -> None: ...
+    def __call__(self, place: int, send: Send, /, *arguments: Any) -> None: ...
 
 
 def default_workers() -> int:
@@ -39,7 +42,7 @@ def default_workers() -> int:
 def loop_of_worker(loop: LoopConfig, place: int) -> LoopConfig:
     """The same loop on this worker's GPU, where there are several."""
     gpus = torch.cuda.device_count()
-    return replace(loop, device=f"cuda:{place % gpus}") if gpus > 1 and loop.device == "auto" else loop
+    return replace(loop, device=f"cuda:{place % gpus}") if gpus > 1 and loop.device in ("auto", "cuda") else loop
 
 
 def run_workers(
@@ -53,8 +56,7 @@ def run_workers(
     """Starts the workers and waits until all have ended.
 
     Args:
-        work: Called in each process with its number, the number of all, and a function that sends this process a
-            message of a kind.
+        work: Called in each process with its number and a function that sends this process a message of a kind.
         arguments: What else it gets; everything must be picklable.
         workers: How many.
         heard: What to do with a message, by its kind.
@@ -62,7 +64,7 @@ def run_workers(
 
     Raises:
         Interrupted: A signal came; every worker was asked to save and has ended.
-        KalmaGroveError: What a worker raised, or that one was killed.
+        KalmaGroveError: What a worker raised, or that one ended in another way.
     """
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
@@ -70,9 +72,9 @@ def run_workers(
         context.Process(target=_worker, args=(work, place, workers, messages, arguments)) for place in range(workers)
     ]
     with StopRequest() as stop:
-        for process in processes:
-            process.start()
         try:
+            for process in processes:
+                process.start()
             failure = _wait(processes, messages, heard, looked, stop)
         finally:
             _end(processes)
@@ -91,37 +93,66 @@ def _wait(
 ) -> str | None:
     """Hears what the workers send until all have ended; returns the first error."""
     while True:
+        # Before the messages are read: what a process sent before its end is then among them.
         ended = not any(process.is_alive() for process in processes)
-        with suppress(queue.Empty):
-            while True:
-                kind, content = messages.get(timeout=0.0 if ended else SECONDS_BETWEEN_LOOKS)
-                if kind == "error":
-                    return str(content)
-                heard[kind](content)
-        killed = next((p for p in processes if p.exitcode is not None and p.exitcode < 0), None)
-        if killed is not None and stop.number is None:
-            reason = " (out of memory?)" if killed.exitcode == -signal.SIGKILL else ""
-            killer = f"a worker was killed by signal {-killed.exitcode}{reason}"
-            return f"{killer}; the same command goes on, perhaps with fewer --workers"
-        if ended or stop.number is not None:
+        lost = next((process for process in processes if process.exitcode not in (None, 0)), None)
+        arrived = _arrived(messages, 0.0 if ended or lost else SECONDS_BETWEEN_LOOKS)
+        for kind, content in arrived:
+            if kind == "error":
+                return str(content)
+            heard[kind](content)
+        if stop.number is not None:
+            return None
+        if lost is not None:
+            return _describe_loss(lost.exitcode)
+        if ended and not arrived:
             return None
         looked()
 
 
+def _arrived(messages: Any, seconds: float) -> list[tuple[str, Any]]:
+    """The messages that are there when the first has come; those that come meanwhile might never end."""
+    found: list[tuple[str, Any]] = []
+    with suppress(queue.Empty):
+        found.append(messages.get(timeout=seconds))
+        while len(found) < MOST_MESSAGES_AT_A_TIME:
+            found.append(messages.get_nowait())
+    return found
+
+
+def _describe_loss(exit_code: int) -> str:
+    if exit_code > 0:
+        return f"a worker ended with exit code {exit_code}; the same command goes on"
+    reason = " (out of memory?)" if exit_code == -signal.SIGKILL else ""
+    return f"a worker was killed by signal {-exit_code}{reason}; the same command goes on, perhaps with fewer --workers"
+
+
 def _end(processes: list[Any]) -> None:
     """Workers that still run save and end."""
-    for process in processes:
+    started = [process for process in processes if process.pid is not None]
+    for process in started:
         if process.is_alive():
             process.terminate()
-    for process in processes:
+    for process in started:
         process.join()
 
 
 def _worker(work: Work, place: int, workers: int, messages: Any, arguments: Sequence[Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    Thread(target=_end_without_parent, args=(messages,), daemon=True).start()
     with _told(messages):
-        work(place, workers, lambda kind, content: messages.put((kind, content)), *arguments)
+        work(place, lambda kind, content: messages.put((kind, content)), *arguments)
+
+
+def _end_without_parent(messages: Any) -> None:
+    """Saves and ends where nobody waits any more: a worker that trained on would hold its run's folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        # Nobody reads them, and a full pipe would hold this process for ever.
+        messages.cancel_join_thread()
+        signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager
@@ -134,6 +165,12 @@ def _told(messages: Any) -> Iterator[None]:
     except (KalmaGroveError, OSError) as error:
         messages.put(("error", str(error)))
         sys.exit(1)
+    except torch.OutOfMemoryError as error:
+        messages.put(("error", f"a worker ran out of memory, so give fewer --workers: {str(error).splitlines()[0]}"))
+        sys.exit(1)
+    except Exception as error:
+        messages.put(("error", f"a worker failed: {type(error).__name__}: {error}"))
+        raise
 
 
 def stop_where_asked(session: TrainingSession, stop: StopRequest) -> None:

@@ -1,0 +1,71 @@
+"""Processes with runs of their own: what they send is heard, and no end of one goes unnoticed."""
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.training.signals import Interrupted, StopRequest
+from kalmagrove.training.worker_processes import Send, run_workers
+
+
+def count(place: int, send: Send, most: int) -> None:
+    for number in range(most):
+        send("number", (place, number))
+
+
+def chatter(place: int, send: Send) -> None:
+    """Sends without a pause that the other side could wait for, until it is told to stop."""
+    with StopRequest() as stop:
+        while stop.number is None:
+            send("number", (place, 0))
+            time.sleep(0.01)
+    raise Interrupted(stop.number, "stopped")
+
+
+def fail(place: int, send: Send, kind: str) -> None:
+    if place == 1 and kind == "error":
+        raise KalmaGroveError("the run folder is gone")
+    if place == 1 and kind == "bug":
+        raise RuntimeError("a tensor is on the moon")
+    if place == 1 and kind == "exit":
+        os._exit(3)
+    if place == 1 and kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    chatter(place, send)
+
+
+def test_everything_that_workers_send_is_heard() -> None:
+    heard: list[Any] = []
+    run_workers(count, (3000,), workers=2, heard={"number": heard.append})
+    assert sorted(heard) == [(place, number) for place in range(2) for number in range(3000)]
+
+
+def test_a_signal_is_heard_among_messages_that_never_end() -> None:
+    begun = threading.Event()
+
+    def signal_when_begun() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signal_when_begun, daemon=True).start()
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        run_workers(chatter, (), workers=3, heard={"number": lambda _: begun.set()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("error", "^the run folder is gone$"),
+        ("bug", "a worker failed: RuntimeError: a tensor is on the moon"),
+        ("exit", "a worker ended with exit code 3"),
+        ("kill", "killed by signal 9 .out of memory.*fewer --workers"),
+    ],
+)
+def test_the_end_of_one_worker_ends_all(kind: str, message: str) -> None:
+    with pytest.raises(KalmaGroveError, match=message):
+        run_workers(fail, (kind,), workers=2, heard={"number": lambda _: None})
