@@ -20,9 +20,9 @@ from kalmagrove.scaling.points import read_points
 from kalmagrove.scaling.share import FolderShare, run_path
 from kalmagrove.scaling.study import open_study
 from kalmagrove.scaling.sweep import sweep, write_tables
-from kalmagrove.scaling.worker import known_losses, loss_of, runs_to_do, tuning_report, work
+from kalmagrove.scaling.worker import known_losses, runs_to_do, tuning_report, work
 from kalmagrove.training.config import DataConfig, LoopConfig, plain_options
-from kalmagrove.training.run_folder import RunFolder, open_run_folder
+from kalmagrove.training.run_folder import RunFolder, open_run_folder, valid_loss_of
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted
 from kalmagrove.training.watching import FolderWatch
@@ -40,7 +40,7 @@ CONFIG = SweepConfig(
 def result_losses(folder: Path) -> dict[str, float]:
     share = FolderShare(folder)
     losses, done = known_losses(CONFIG, share)
-    return {rung.key: loss_of(done[rung.key]) for rung in all_runs(CONFIG, losses)}
+    return {rung.key: valid_loss_of(done[rung.key]) for rung in all_runs(CONFIG, losses)}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_trials_choose_the_rate_and_the_check_is_reported(packed: PackedText, tm
     share = FolderShare(tmp_path)
     work(config, packed, tmp_path, share)
     losses, done = known_losses(config, share)
-    known = {key: loss_of(result) for key, result in done.items()}
+    known = {key: valid_loss_of(result) for key, result in done.items()}
     chosen = best_scales(config, losses)["llama"]
     tried = {rung.lr_scale: known[rung.key] for rung in all_runs(config, losses) if rung.size == "16x1"}
     assert {0.5, 1.0, 2.0} <= set(tried) and tried[chosen] == min(tried.values())

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, open_data, parse
 from kalmagrove.commands.processes import add_nproc, started_processes, together
-from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.comparison.config import CompareConfig, check_workers
 
 SHORT = {"--data": "--data.source", "--modality": "--data.modality", "--tokens": "--loop.tokens"}
 EXAMPLES = """\
@@ -49,8 +49,6 @@ def run(words: Sequence[str]) -> None:
     parser = make_compare_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
-    from kalmagrove.comparison.compare import check_workers
-
     check_workers(options.workers, config, options.nproc)
     if started_processes("compare", words, options.nproc):
         return

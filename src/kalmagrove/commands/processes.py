@@ -40,6 +40,16 @@ def started_processes(command: str, words: Sequence[str], nproc: int) -> bool:
     return True
 
 
+def check_worker_count(workers: int | None) -> None:
+    """Whether ``--workers`` was left out or is a number of processes.
+
+    Raises:
+        UsageError: It is less than 1.
+    """
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
+
+
 @contextmanager
 def together(device: str) -> Iterator[tuple[World, Callable[[str], None]]]:
     """The processes of this command, and how to speak: only the first of them says anything."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import make_parser, open_data, parse
-from kalmagrove.commands.processes import add_nproc, started_processes, together
+from kalmagrove.commands.processes import add_nproc, check_worker_count, started_processes, together
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import parse_list
 
@@ -65,8 +65,7 @@ def run(words: Sequence[str]) -> None:
         raise UsageError(f"--flops_per_second is for --dry_run and must be positive, got {speed:g}")
     if options.out is None and not options.dry_run:
         raise UsageError("kalmagrove reproduce needs --out, the folder of the runs")
-    if options.workers is not None and options.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {options.workers}")
+    check_worker_count(options.workers)
     from kalmagrove.reproduction.plan import load_plan
 
     plan = load_plan(options.scale, source=options.data, other_text=options.other_text, folder=options.data_folder)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
+from kalmagrove.commands.processes import check_worker_count
 from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import SweepConfig
 
@@ -52,8 +53,7 @@ def run(words: Sequence[str]) -> None:
     parser = make_scale_sweep_parser()
     options = build(parser, parse(parser, words, SHORT))
     config = SweepConfig(**{name: getattr(options, name) for name in SweepConfig.__dataclass_fields__})
-    if options.workers is not None and options.workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {options.workers}")
+    check_worker_count(options.workers)
     if options.flops_per_second is not None and not 0 < options.flops_per_second < float("inf"):
         raise UsageError(f"--flops_per_second must be positive, got {options.flops_per_second:g}")
     if options.out is None and not options.dry_run:

@@ -100,12 +100,16 @@ def _model(
     decoder = model_config(contestant.preset, options)
     parameters = count_parameters(build_empty(decoder))
     runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
-    measured = [_step_seconds(folder, contestant, scale, seed) for seed in config.seed_list()]
-    if plan.get("side_by_side"):
-        measured = [_timed_apart(plan, contestant.name)]
+    is_apart = plan.get("side_by_side", False)
+    measured = (
+        [_timed_apart(plan, contestant.name)]
+        if is_apart
+        else [_step_seconds(folder, contestant, scale, seed) for seed in config.seed_list()]
+    )
     seconds = [block / size for times in measured for size, block in _blocks(times).values()]
-    if plan.get("side_by_side"):
-        _retime(runs, statistics.median(seconds) if seconds else None, config.loop.tokens_per_step)
+    step_seconds = statistics.median(seconds) if seconds else None
+    if is_apart:
+        _retime(runs, step_seconds, config.loop.tokens_per_step)
     precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
     return {
         "name": contestant.name,
@@ -123,7 +127,7 @@ def _model(
         },
         "flops_per_token": round(training_flops_per_token(decoder, length)),
         "decode_state_bytes": decoding_bytes(decoder, length),
-        "step_seconds": statistics.median(seconds) if seconds else None,
+        "step_seconds": step_seconds,
         "peak_memory_bytes": plan.get("memory", {}).get(contestant.name),
         "runs": [{key: value for key, value in run.items() if key != "precision"} for run in runs],
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.comparison.collect import collect_results
-from kalmagrove.comparison.config import CompareConfig, Contestant
+from kalmagrove.comparison.config import CompareConfig, Contestant, check_workers
 from kalmagrove.comparison.in_turns import train_in_turns
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
@@ -20,7 +20,7 @@ from kalmagrove.comparison.runs import PlannedRun, Say, known_loss, run_path
 from kalmagrove.comparison.side_by_side import train_side_by_side
 from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
@@ -80,24 +80,6 @@ def compare(
         return comparison.write()
 
 
-def check_workers(workers: int, config: CompareConfig, processes: int) -> None:
-    """Whether so many workers can do a comparison.
-
-    Raises:
-        UsageError: They cannot.
-    """
-    if workers < 1:
-        raise UsageError(f"--workers must be at least 1, got {workers}")
-    if workers == 1:
-        return
-    if processes > 1:
-        raise UsageError("--workers train a run each, and --nproc or torchrun all of them together; choose one")
-    if config.budget is not None:
-        raise UsageError("a budget counts steps that take turns; leave out --workers, or give --tokens")
-    if config.loop.grow_rank:
-        raise UsageError("ranks that grow change the time of a step on the way; leave out --workers or grow_rank")
-
-
 def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
     """The comparison's folder, which the first process holds for all."""
     if not world.is_first:
@@ -124,7 +106,7 @@ class _Plan:
         return values
 
     def update(self, **values: Any) -> None:
-        """Adds what the first process decided; all processes must call this together."""
+        """Adds what the first process decided, infinities as None; all processes must call this together."""
         if self.world.is_first:
             self.values |= values
             write_json_atomic(self.path, self.values)
@@ -173,8 +155,7 @@ class _Comparison:
             shown = ", ".join(f"x{scale:g}" for scale in sorted({run.scale for run in group}))
             found = self._train(group, f"learning rate {shown}")
             for run, loss in zip(group, found, strict=True):
-                shown_loss = loss if math.isfinite(loss) else None
-                losses[run.name].append({"lr_scale": run.scale, "valid_loss": shown_loss})
+                losses[run.name].append({"lr_scale": run.scale, "valid_loss": loss})
 
     def train_finally(self) -> None:
         """Every contestant on every seed; the test split is read here, once a run."""
@@ -211,7 +192,7 @@ class _Comparison:
             {
                 "model": name,
                 "chosen_before": chosen[name],
-                "trials": [{"lr_scale": s, "valid_loss": x if math.isfinite(x) else None} for s, x in tried.items()],
+                "trials": [{"lr_scale": scale, "valid_loss": loss} for scale, loss in tried.items()],
             }
             for name, tried in losses.items()
         ]

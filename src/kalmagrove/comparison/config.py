@@ -169,6 +169,24 @@ class CompareConfig:
         )
 
 
+def check_workers(workers: int, config: CompareConfig, processes: int) -> None:
+    """Whether so many workers can do a comparison.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    if workers < 1:
+        raise UsageError(f"--workers must be at least 1, got {workers}")
+    if workers == 1:
+        return
+    if processes > 1:
+        raise UsageError("--workers train a run each, and --nproc or torchrun all of them together; choose one")
+    if config.budget is not None:
+        raise UsageError("a budget counts steps that take turns; leave out --workers, or give --tokens")
+    if config.loop.grow_rank:
+        raise UsageError("ranks that grow change the time of a step on the way; leave out --workers or grow_rank")
+
+
 def _with_size(preset: str, size: str) -> str:
     family, *parts = preset.split("+")
     return "+".join([f"{family}-{size}" if family in FAMILIES else family, *parts])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.training.run_folder import RunFolder
+from kalmagrove.training.run_folder import RunFolder, valid_loss_of
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.trainer import evaluate_run
 from kalmagrove.world import ALONE, World
@@ -63,7 +63,7 @@ def open_session(
 def known_loss(run: PlannedRun) -> float | None:
     """Validation loss of a run that has its result, infinity where it diverged; None for one that has none yet."""
     result = RunFolder(run.path).read_result() if run.path.is_dir() else None
-    return None if result is None else float((result.get("valid") or {}).get("loss", math.inf))
+    return None if result is None else valid_loss_of(result)
 
 
 def conclude(run: PlannedRun, session: TrainingSession, say: Say) -> float:

@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.comparison.runs import PlannedRun, Say, conclude, open_session
 from kalmagrove.data.training_data import TrainingData, open_training_data
 from kalmagrove.training.checkpoint import named_steps
-from kalmagrove.training.run import TrainingDiverged
+from kalmagrove.training.run import StepResult, TrainingDiverged
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.tracking import ProgressBar
 from kalmagrove.training.trainer import describe_run
-from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers, stop_where_asked
+from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers, train_to_the_end
 
 SECONDS_BETWEEN_MESSAGES = 1.0
 
@@ -55,7 +55,8 @@ def train_side_by_side(
         KalmaGroveError: A run cannot be done, or a worker was killed.
     """
     losses: dict[int, float] = {}
-    described = {run.name: index for index, run in reversed(list(enumerate(runs)))} if describe else {}
+    names = [run.name for run in runs]
+    described = frozenset(names.index(name) for name in names) if describe else frozenset()
     counter: Any = multiprocessing.get_context("spawn").Value("i", 0)
     done = {index: _saved_step(run) for index, run in enumerate(runs)}
     total = sum(run.steps for run in runs)
@@ -63,7 +64,7 @@ def train_side_by_side(
         shown = _Progress(progress, done)
         run_workers(
             _work,
-            (config, data.folder, list(runs), frozenset(described.values()), counter),
+            (config, data.folder, list(runs), described, counter),
             workers=min(workers, len(runs)),
             heard={"line": say, "loss": lambda found: losses.update([found]), "step": shown.update},
         )
@@ -123,15 +124,13 @@ def _next(counter: Any) -> int:
 def _train(session: TrainingSession, index: int, stop: StopRequest, send: Send) -> None:
     """All steps that are left, until the last one, a signal, or a loss that is not a number."""
     said = 0.0
-    if session.finished:
-        return
-    while not session.run.done:
-        try:
-            result = session.advance()
-        except TrainingDiverged:
-            return
-        stop_where_asked(session, stop)
+
+    def tell(result: StepResult) -> None:
+        nonlocal said
         if time.monotonic() - said >= SECONDS_BETWEEN_MESSAGES:
             said = time.monotonic()
             speed = session.run.config.loop.tokens_per_step / result.seconds
             send("step", (index, session.run.step, result.loss, speed))
+
+    with suppress(TrainingDiverged):
+        train_to_the_end(session, stop, tell)

@@ -14,10 +14,10 @@ from kalmagrove.scaling.ladder import SweepConfig, all_runs, best_scales, checks
 from kalmagrove.scaling.points import TABLE
 from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
-from kalmagrove.scaling.worker import known_losses, loss_of, outcome_rows, tuning_report, work
+from kalmagrove.scaling.worker import known_losses, outcome_rows, tuning_report, work
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run_folder import open_run_folder
+from kalmagrove.training.run_folder import open_run_folder, valid_loss_of
 from kalmagrove.training.watching import SWEEP_FACTS
 from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers
 
@@ -101,7 +101,7 @@ def write_tables(config: SweepConfig, data: PackedText, folder: Path, share: Sha
     ladder = rungs(config, best)
     rows = outcome_rows(config, ladder, done, data)
     write_text_atomic(folder / TABLE, "".join(json.dumps(finite_or_null(row)) + "\n" for row in rows))
-    known = {key: loss_of(result) for key, result in done.items()}
+    known = {key: valid_loss_of(result) for key, result in done.items()}
     facts = {
         "format": 1,
         "command": command,

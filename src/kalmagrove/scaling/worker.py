@@ -17,10 +17,11 @@ from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, trials
 from kalmagrove.scaling.share import Result, Share, run_path
 from kalmagrove.training.run import TrainingDiverged
+from kalmagrove.training.run_folder import valid_loss_of
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 from kalmagrove.training.trainer import evaluate_run
-from kalmagrove.training.worker_processes import stop_where_asked
+from kalmagrove.training.worker_processes import train_to_the_end
 
 SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -89,15 +90,9 @@ def known_losses(config: SweepConfig, share: Share) -> tuple[dict[str, float], d
         if not found:
             break
         of_trials |= found
-        losses |= {key: loss_of(result) for key, result in found.items()}
+        losses |= {key: valid_loss_of(result) for key, result in found.items()}
     others = (rung for rung in all_runs(config, losses) if rung.key not in of_trials)
     return losses, of_trials | share.results(others)
-
-
-def loss_of(result: Mapping[str, Any]) -> float:
-    """Nats a token on the validation split; infinity for a run that diverged."""
-    loss = (result.get("valid") or {}).get("loss")
-    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
 
 
 def train_rung(config: SweepConfig, rung: Rung, data: PackedText, folder: Path, stop: StopRequest) -> dict[str, Any]:
@@ -113,7 +108,7 @@ def train_rung(config: SweepConfig, rung: Rung, data: PackedText, folder: Path, 
         if done is not None:
             return done
         try:
-            _train_to_the_end(session, stop)
+            train_to_the_end(session, stop)
         except TrainingDiverged as error:
             session.folder.write_result(
                 {"diverged": True, "step": session.run.step, "seconds": session.seconds, "reason": str(error)}
@@ -127,15 +122,9 @@ def train_rung(config: SweepConfig, rung: Rung, data: PackedText, folder: Path, 
         session.close()
 
 
-def _train_to_the_end(session: TrainingSession, stop: StopRequest) -> None:
-    while not session.run.done:
-        session.advance()
-        stop_where_asked(session, stop)
-
-
 def describe_outcome(rung: Rung, result: Mapping[str, Any]) -> str:
     """A finished run in one line."""
-    loss = loss_of(result)
+    loss = valid_loss_of(result)
     outcome = "diverged" if math.isinf(loss) else f"valid loss {loss:.4f} in {result.get('seconds', 0.0):.0f} s"
     return f"{describe_rung(rung)}: {outcome}"
 
@@ -157,7 +146,7 @@ def outcome_rows(
 def _row(config: SweepConfig, rung: Rung, result: Result, data: PackedText) -> dict[str, Any]:
     cost = rung_cost(config, rung, data.vocab_size)
     test = result.get("test") or {}
-    loss = loss_of(result)
+    loss = valid_loss_of(result)
     return {
         "family": rung.family.name,
         "size": rung.size,

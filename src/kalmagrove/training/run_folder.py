@@ -1,6 +1,7 @@
 """Keep everything about one training run in one folder, which one process at a time may use."""
 
 import json
+import math
 import os
 import reprlib
 from collections.abc import Mapping
@@ -165,6 +166,12 @@ class RunFolder:
             _check_record(record, f"{self.metrics_path} line {number}")
             parsed.append((text, record))
         return parsed
+
+
+def valid_loss_of(result: Mapping[str, Any]) -> float:
+    """Nats a token on the validation split, from a run's result; infinity for a run that diverged."""
+    loss = (result.get("valid") or {}).get("loss")
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
 
 
 def open_run_folder(

@@ -17,6 +17,7 @@ import torch
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.training.config import LoopConfig
 from kalmagrove.training.environment import keep_freed_memory, usable_cores
+from kalmagrove.training.run import StepResult
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted, StopRequest
 
@@ -173,13 +174,23 @@ def _told(messages: Any) -> Iterator[None]:
         raise
 
 
-def stop_where_asked(session: TrainingSession, stop: StopRequest) -> None:
-    """Saves a run that is under way and ends, where a signal came.
+def train_to_the_end(
+    session: TrainingSession, stop: StopRequest, stepped: Callable[[StepResult], None] = lambda _: None
+) -> None:
+    """All steps of a worker's run that are left.
+
+    Args:
+        session: The run.
+        stop: Where a signal came, the run is saved after the step that is under way.
+        stepped: Told about each step.
 
     Raises:
-        Interrupted: One came.
+        Interrupted: A signal came.
+        TrainingDiverged: The loss is not a number.
     """
-    if stop.number is not None and not session.run.done:
-        session.save()
-        session.wait_for_saving()
-        raise Interrupted(stop.number, f"stopped and saved {session.folder.path}; the same command goes on")
+    while not session.run.done:
+        stepped(session.advance())
+        if stop.number is not None and not session.run.done:
+            session.save()
+            session.wait_for_saving()
+            raise Interrupted(stop.number, f"stopped and saved {session.folder.path}; the same command goes on")
