@@ -72,6 +72,7 @@ def make_scores(perplexity: float) -> Record:
         "word_perplexity": perplexity**2,
         "bits_per_byte": loss / math.log(2) / 4,
         "tokens": 999,
+        "optimum": None,
     }
 
 
@@ -91,6 +92,7 @@ def make_run(seed: int, perplexity: float | None, *, diverged: bool = False, poi
             "loss": [end + 4.0 / (index + 1) for index in range(points)],
         },
         "valid_curve": {"tokens": tokens[9::10], "loss": [end + 0.5 for _ in tokens[9::10]]},
+        "spikes": None,
     }
 
 

@@ -165,7 +165,7 @@ def test_a_printed_configuration_is_read_again(capsys: pytest.CaptureFixture[str
     assert "rank: 16" in again and "batch_size: 5" in again and "out: y" in again
 
 
-TWO_WORDS = ("data prepare", "scale sweep", "scale fit", "scale plan", "report scaling")
+TWO_WORDS = ("data prepare", "scale sweep", "scale fit", "scale plan", "report scaling", "report claims")
 
 
 @pytest.mark.parametrize("command", [*(c for c in COMMANDS if c not in ("data", "scale")), *TWO_WORDS])
@@ -216,7 +216,7 @@ USAGE = {
         "optim names 2 optimisers for 3 models",
     ),
     "seeds": (["compare", "--out", "r", "--seeds", "1,1"], "seeds must be different whole numbers"),
-    "size": (["compare", "--out", "r", "--size", "huge"], "unknown size 'huge'; sizes: nano, tiny, mini"),
+    "size": (["compare", "--out", "r", "--size", "huge"], "unknown size 'huge'; sizes: pico, nano, tiny, mini"),
     "budget": (["compare", "--out", "r", "--budget", "soon"], "'soon' is not a duration"),
     "seed": (["train", "--out", "r", "--seed", "-1"], "loop.seed must not be negative, got -1"),
     "momentum": (["train", "--out", "r", "--optim.momentum", "2"], "optim.momentum must be at least 0.0 and below 1.0"),

@@ -11,12 +11,13 @@ import yaml
 
 from kalmagrove.cli import main
 from kalmagrove.comparison import compare as compare_module
+from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.errors import UsageError
 from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer, all_of, judge_below
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.cost import study_costs
-from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, count_spikes, tokens_to_reach, trained_rates
+from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, tokens_to_reach, trained_rates
 from kalmagrove.reproduction.pairs import PAPER
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
@@ -97,11 +98,12 @@ def test_the_level_is_reached_between_two_evaluations() -> None:
 
 def test_a_spike_is_counted_and_noise_is_not() -> None:
     calm = [5.0 - step / 100 + 0.02 * (-1) ** step for step in range(200)]
-    assert count_spikes(calm) == (0, 150)
-    assert count_spikes([*calm[:120], 9.0, *calm[121:]])[0] == 1
+    assert spikes_in_a_thousand(calm) == 0
+    assert spikes_in_a_thousand([*calm[:120], 9.0, *calm[121:]]) == pytest.approx(1000 / 150)
+    assert spikes_in_a_thousand(calm[:50]) is None
 
 
-def make_study(make_results: Callable[..., dict[str, Any]], tmp_path: Path, name: str, **options: Any) -> Study:
+def make_study(make_results: Callable[..., dict[str, Any]], name: str, **options: Any) -> Study:
     """Our model under the name of the family, and slim beside it."""
     trials, tokens, lost = options.pop("trials", 3), options.pop("tokens", 60_000), options.pop("lost", ())
     epochs, edge = options.pop("epochs", 1.0), options.pop("edge", False)
@@ -112,7 +114,7 @@ def make_study(make_results: Callable[..., dict[str, Any]], tmp_path: Path, name
     for run in (run for run in record["models"][-1]["runs"] if run["seed"] in lost):
         run.update(diverged=True, valid=None, test=None)
     text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
-    return Study(name, tmp_path, Results.from_dict(json.loads(text)), {})
+    return Study(name, Results.from_dict(json.loads(text)), {})
 
 
 def claims_of(*studies: Study) -> dict[str, Answer]:
@@ -122,25 +124,21 @@ def claims_of(*studies: Study) -> dict[str, Answer]:
 GOOD = {"ours": (27.0, 27.1, 27.2), "llama": (30.0, 30.1, 30.3)}
 
 
-def test_what_holds_in_both_pairs_with_intervals_is_supported(
-    make_results: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    found = claims_of(*(make_study(make_results, tmp_path, name, **GOOD) for name in PAPER))
+def test_what_holds_in_both_pairs_with_intervals_is_supported(make_results: Callable[..., dict[str, Any]]) -> None:
+    found = claims_of(*(make_study(make_results, name, **GOOD) for name in PAPER))
     assert list(found) == [f"C{number}" for number in range(1, 15)]
     assert {found[name].verdict for name in ("C2", "C3", "C4")} == {"supported"}
     assert "valid 0.899x (" in found["C3"].ours and "large" in found["C3"].ours
     assert found["C10"].verdict == found["C13"].verdict == found["C5"].verdict == "not measured"
 
 
-def test_one_pair_one_seed_or_a_tie_decides_nothing(
-    make_results: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
-    alone = claims_of(make_study(make_results, tmp_path, "base", **GOOD))
+def test_one_pair_one_seed_or_a_tie_decides_nothing(make_results: Callable[..., dict[str, Any]]) -> None:
+    alone = claims_of(make_study(make_results, "base", **GOOD))
     assert alone["C2"].verdict == alone["C3"].verdict == "undecided"
-    one_seed = claims_of(*(make_study(make_results, tmp_path, name, slim=(29.0,)) for name in PAPER))
+    one_seed = claims_of(*(make_study(make_results, name, slim=(29.0,)) for name in PAPER))
     assert one_seed["C3"].verdict == one_seed["C4"].verdict == "undecided"
     tie = {"ours": (27.0, 31.0, 30.0), "llama": (30.0, 28.0, 30.3)}
-    assert claims_of(*(make_study(make_results, tmp_path, n, **tie) for n in PAPER))["C3"].verdict == "undecided"
+    assert claims_of(*(make_study(make_results, n, **tie) for n in PAPER))["C3"].verdict == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -154,19 +152,19 @@ def test_one_pair_one_seed_or_a_tie_decides_nothing(
     ],
 )
 def test_what_speaks_against_a_headline_holds_it_back(
-    options: dict[str, Any], doubt: str, make_results: Callable[..., dict[str, Any]], tmp_path: Path
+    options: dict[str, Any], doubt: str, make_results: Callable[..., dict[str, Any]]
 ) -> None:
-    found = claims_of(*(make_study(make_results, tmp_path, name, **GOOD | options) for name in PAPER))
+    found = claims_of(*(make_study(make_results, name, **GOOD | options) for name in PAPER))
     assert found["C3"].verdict == "undecided" and doubt in found["C3"].reason
     assert found["C14"].verdict != "supported"
 
 
-def test_a_part_needs_all_its_measurements(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_part_needs_all_its_measurements(make_results: Callable[..., dict[str, Any]]) -> None:
     def with_part(name: str, **options: Any) -> Study:
         record = make_results(**GOOD | options)
         record["trials"], record["budget"]["tokens"] = 3, 60_000
         text = json.dumps(record).replace('"ours"', '"llama-nano+arnold"').replace('"llama"', '"llama-nano"')
-        return Study(name, tmp_path, Results.from_dict(json.loads(text.replace('"kalma"', '"adamw"'))), {})
+        return Study(name, Results.from_dict(json.loads(text.replace('"kalma"', '"adamw"'))), {})
 
     both = with_part("base"), with_part("long_context")
     assert claims_of(*both)["C8"].verdict == "supported"
@@ -182,15 +180,15 @@ def test_a_claim_of_several_parts_needs_them_all() -> None:
     assert all_of(["not measured", "not measured"]) == all_of([]) == "not measured"
 
 
-def test_what_one_pair_refutes_is_not_supported(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_what_one_pair_refutes_is_not_supported(make_results: Callable[..., dict[str, Any]]) -> None:
     worse = {"ours": GOOD["llama"], "llama": GOOD["ours"], "time_ratios": (1.1, 1.2, 1.3)}
-    studies = [make_study(make_results, tmp_path, "base", **GOOD), make_study(make_results, tmp_path, "large", **worse)]
+    studies = [make_study(make_results, "base", **GOOD), make_study(make_results, "large", **worse)]
     found = claims_of(*studies)
     assert found["C2"].verdict == found["C3"].verdict == "not supported"
 
 
-def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    studies = [make_study(make_results, tmp_path, name, **GOOD) for name in PAPER]
+def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[str, Any]]) -> None:
+    studies = [make_study(make_results, name, **GOOD) for name in PAPER]
     total = studies[0].results.model("kalmagrove-nano").parameters.total
     ratio = total / studies[0].results.model("llama-nano").parameters.total
     smallest = min(pair.ratio("parameters") for pair in PAPER.values())
@@ -203,7 +201,7 @@ def test_nothing_is_judged_from_nothing() -> None:
     assert {answer.verdict for answer in answer_claims(Evidence({}, None))} == {"not measured"}
 
 
-def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str, Any]]) -> None:
     record = make_results()
     record["models"][0]["lr_trials"] = [
         {"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.3), (1.0, 3.05), (2.0, 3.0), (4.0, None))
@@ -216,34 +214,27 @@ def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str,
     assert trained_rates(Results.from_dict(record).models[0], 0.1) is None
 
 
-def stability(
-    make_results: Callable[..., dict[str, Any]], tmp_path: Path, ours: list[float], theirs: list[float]
-) -> Answer:
+def stability(make_results: Callable[..., dict[str, Any]], ours: list[float], theirs: list[float]) -> Answer:
     """C6 with calm losses, and the validation losses of trials at x0.25 ... for each side."""
     record = make_results(**GOOD)
     record["trials"], record["budget"]["tokens"] = 3, 60_000
     for model, losses in zip(record["models"], (theirs, ours), strict=True):
         model["lr_trials"] = [{"lr_scale": 2.0 ** (n - 2), "valid_loss": loss} for n, loss in enumerate(losses)]
         for run in model["runs"]:
-            run["folder"] = f"{model['name']}-{run['seed']}"
-            metrics = tmp_path / "base" / run["folder"] / "metrics.jsonl"
-            metrics.parent.mkdir(parents=True, exist_ok=True)
-            metrics.write_text("".join(json.dumps({"step": n, "loss": 5.0 - n / 100}) + "\n" for n in range(100)))
+            run["spikes"] = 0.0
     text = json.dumps(record).replace('"ours"', '"llama-nano+kalma"').replace('"llama"', '"llama-nano"')
     record = json.loads(text)
     record["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
-    return claims_of(Study("base", tmp_path / "base", Results.from_dict(record), {}))["C6"]
+    return claims_of(Study("base", Results.from_dict(record), {}))["C6"]
 
 
-def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(
-    make_results: Callable[..., dict[str, Any]], tmp_path: Path
-) -> None:
+def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results: Callable[..., dict[str, Any]]) -> None:
     wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
-    assert stability(make_results, tmp_path, wide, narrow).verdict == "supported"
-    assert stability(make_results, tmp_path, narrow, wide).verdict == "not supported"
-    assert stability(make_results, tmp_path, wide, wide).verdict == "undecided"
+    assert stability(make_results, wide, narrow).verdict == "supported"
+    assert stability(make_results, narrow, wide).verdict == "not supported"
+    assert stability(make_results, wide, wide).verdict == "undecided"
     # AdamW's rates go on where nobody looked.
-    assert stability(make_results, tmp_path, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
+    assert stability(make_results, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
 
 
 def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
@@ -269,6 +260,17 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     assert "give another --out" in capsys.readouterr().err
     assert main(words) == 0
     assert (tmp_path / "out" / "claims.md").read_text() == page
+    kept = tmp_path / "kept"
+    assert main(["report", "claims", str(tmp_path / "out"), "--keep", str(kept)]) == 0
+    assert main(["report", "claims", str(kept), "--out", str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "claims.md").read_text() == page
+    assert not list(kept.rglob("seed-*")) and (kept / "recall" / "results.json").is_file()
+    other = json.loads((kept / "plan.json").read_text()) | {"scale": "large"}
+    (kept / "plan.json").write_text(json.dumps(other))
+    assert main(["report", "claims", str(tmp_path / "out"), "--keep", str(kept)]) == 2
+    assert "another scale or text" in capsys.readouterr().err
+    assert main(["report", "claims", str(tmp_path)]) == 1
+    assert "give the --out of kalmagrove reproduce" in capsys.readouterr().err
 
 
 def test_wrong_input_is_named_before_anything_is_trained(

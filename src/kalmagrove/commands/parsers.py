@@ -18,6 +18,7 @@ PARSERS = {
     "export": ("export", "make_export_parser"),
     "report": ("report", "make_report_parser"),
     "report scaling": ("report", "make_report_scaling_parser"),
+    "report claims": ("report", "make_report_claims_parser"),
     "data prepare": ("data", "make_data_parser"),
     "watch": ("watch", "make_watch_parser"),
     "adapt": ("adapt", "make_adapt_parser"),

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from kalmagrove.commands.parsing import make_parser, open_data, parse
 from kalmagrove.commands.processes import add_nproc, check_worker_count, started_processes, together
 from kalmagrove.errors import UsageError
+from kalmagrove.reproduction.answers import Answer
 from kalmagrove.training.config import parse_list
 
 EXAMPLES = """\
@@ -37,7 +38,7 @@ def make_reproduce_parser() -> ArgumentParser:
         "--scale",
         type=str,
         default="smoke",
-        help="smoke (minutes on two cores), laptop (half a day on two cores), paper (8 GPUs), or a file like these",
+        help="smoke (minutes on two cores), laptop (seven hours on two cores), paper (8 GPUs), or a file like these",
     )
     parser.add_argument("--data", type=str, default=None, help="the text; left out: the scale's")
     parser.add_argument("--other_text", type=str, default=None, help="a second text, on which Table 1 is scored too")
@@ -100,6 +101,11 @@ def run(words: Sequence[str]) -> None:
     if options.json:
         print(json.dumps([asdict(answer) for answer in answers], indent=2))
         return
+    show_answers(answers, folder)
+
+
+def show_answers(answers: Sequence[Answer], folder: Path) -> None:
+    """Prints a line for each claim, and where the page is."""
     for answer in answers:
         print(f"{answer.name:<4} {answer.verdict:<13} {answer.claim}: {answer.ours}")
     print(f"page: {folder / 'claims.md'}")

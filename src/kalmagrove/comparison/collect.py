@@ -10,6 +10,7 @@ from typing import Any
 
 from kalmagrove.comparison.config import CompareConfig, Contestant
 from kalmagrove.comparison.runs import run_path
+from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.comparison.timing import BLOCK, TIMING_WARMUP
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
@@ -150,6 +151,7 @@ def _run(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[
         "precision": result.get("precision") if result else None,
         "curve": {key: [m[key] for m in curve] for key in ("tokens", "seconds", "loss")},
         "valid_curve": {"tokens": [m["tokens"] for m in valid], "loss": [m["valid_loss"] for m in valid]},
+        "spikes": spikes_in_a_thousand([m["loss"] for m in metrics if m.get("loss") is not None]),
     }
 
 

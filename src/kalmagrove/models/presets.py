@@ -48,6 +48,7 @@ class Size:
 
 
 SIZES = {
+    "pico": Size(64, 4, 16, slim_width=60, vocab_size=512, context_length=256),
     "nano": Size(96, 4, 16, slim_width=90, vocab_size=1024, context_length=256),
     "tiny": Size(128, 4, 32, slim_width=120),
     "mini": Size(128, 6, 32, slim_width=120),

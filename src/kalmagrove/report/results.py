@@ -35,6 +35,7 @@ class Scores:
         word_perplexity: Of whitespace-separated words; None where it is too large for a float.
         bits_per_byte: Bits a byte of UTF-8.
         tokens: Scored tokens.
+        optimum: Nats a token of the best possible predictor, where it is known.
     """
 
     loss: float
@@ -42,6 +43,12 @@ class Scores:
     word_perplexity: float | None
     bits_per_byte: float
     tokens: int
+    optimum: float | None = None
+
+    @property
+    def excess(self) -> float | None:
+        """Nats a token above the optimum; None where that is not known."""
+        return None if self.optimum is None else self.loss - self.optimum
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,11 @@ class ValidCurve:
 
 @dataclass(frozen=True)
 class Run:
-    """One training with one seed; its scores are None until it is finished, and for ever when it diverged."""
+    """One training with one seed; its scores are None until it is finished, and for ever when it diverged.
+
+    Attributes:
+        spikes: Of the training loss, in a thousand steps; None for a run too short to have any.
+    """
 
     seed: int
     folder: str
@@ -73,6 +84,7 @@ class Run:
     test: Scores | None
     curve: Curve
     valid_curve: ValidCurve
+    spikes: float | None = None
 
     @property
     def finished(self) -> bool:

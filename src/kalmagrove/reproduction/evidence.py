@@ -18,14 +18,8 @@ from kalmagrove.reproduction.plan import LADDER, STUDIES
 from kalmagrove.scaling.pages import FIT, LAW_FOLDER
 from kalmagrove.scaling.plan import read_fit
 from kalmagrove.training.config import default_optimizer
-from kalmagrove.training.run_folder import RunFolder
 
 OTHER_TEXT = "other_text.json"
-SPIKE = 6.0
-"""A step's loss is a spike where it lies so many mean deviations above the running mean of the steps before it."""
-SPIKE_MEMORY = 0.95
-SPIKE_WARMUP = 50
-"""Steps whose running mean is not yet one."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +28,11 @@ class Study:
 
     Attributes:
         name: Of the study.
-        folder: Of the comparison.
         results: What it has found so far.
         other_text: Word perplexity on the second text by model and seed; empty where it was not asked for.
     """
 
     name: str
-    folder: Path
     results: Results
     other_text: Mapping[str, Mapping[int, float]]
 
@@ -70,23 +62,12 @@ class Study:
 
     def excess(self, model: Model) -> dict[int, float]:
         """Nats a token above the optimum on the test split of a synthetic task, by seed."""
-        found = {}
-        for run in model.runs:
-            result = RunFolder(self.folder / run.folder).read_result() or {}
-            excess = (result.get("test") or {}).get("excess")
-            if run.test is not None and isinstance(excess, int | float):
-                found[run.seed] = float(excess)
-        return found
+        found = {run.seed: run.test.excess for run in model.runs if run.test is not None}
+        return {seed: excess for seed, excess in found.items() if excess is not None}
 
     def spikes(self, model: Model) -> dict[int, float]:
         """Spikes of the training loss in a thousand steps, by seed."""
-        found = {}
-        for run in model.runs:
-            records = RunFolder(self.folder / run.folder).read_metrics()
-            spikes, steps = count_spikes([record["loss"] for record in records if record.get("loss") is not None])
-            if steps:
-                found[run.seed] = 1000 * spikes / steps
-        return found
+        return {run.seed: run.spikes for run in model.runs if run.spikes is not None}
 
 
 @dataclass(frozen=True)
@@ -111,7 +92,7 @@ def load_evidence(folder: Path) -> Evidence:
     studies = {}
     for name in STUDIES:
         if (folder / name / FILE_NAME).is_file():
-            studies[name] = Study(name, folder / name, load_results(folder / name), _other_text(folder / name))
+            studies[name] = Study(name, load_results(folder / name), _other_text(folder / name))
     law = folder / LADDER / LAW_FOLDER / FIT
     return Evidence(studies, read_fit(law) if law.is_file() else None)
 
@@ -138,18 +119,6 @@ def _other_text(folder: Path) -> dict[str, dict[int, float]]:
         model: {int(seed): s["word_perplexity"] for seed, s in seeds.items() if s["word_perplexity"] is not None}
         for model, seeds in scores.items()
     }
-
-
-def count_spikes(losses: Sequence[float]) -> tuple[int, int]:
-    """Spikes, and the steps among which they were looked for."""
-    mean, deviation, spikes, looked_at = losses[0] if losses else 0.0, 0.0, 0, 0
-    for step, loss in enumerate(losses):
-        if step >= SPIKE_WARMUP:
-            looked_at += 1
-            spikes += loss > mean + SPIKE * deviation
-        deviation = SPIKE_MEMORY * deviation + (1 - SPIKE_MEMORY) * abs(loss - mean)
-        mean = SPIKE_MEMORY * mean + (1 - SPIKE_MEMORY) * loss
-    return spikes, looked_at
 
 
 def tokens_to_reach(tokens: Sequence[int], losses: Sequence[float], level: float) -> float | None:

@@ -13,43 +13,46 @@ from kalmagrove.report.table import build_table, format_count, format_score, to_
 from kalmagrove.reproduction.answers import Answer, shown
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
+from kalmagrove.reproduction.origin import Origin
 from kalmagrove.reproduction.pairs import PAPER, PaperRow, usual_transformers
-from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
+from kalmagrove.reproduction.plan import LADDER, STUDIES
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
 
 
-def write_page(plan: Plan, evidence: Evidence, folder: Path, *, command: str) -> None:
+def write_page(origin: Origin, evidence: Evidence, folder: Path) -> None:
     """Writes ``claims.md`` and ``claims.json``."""
     answers = answer_claims(evidence)
-    record: dict[str, Any] = {"format": 1, "scale": plan.scale, "command": command}
+    record: dict[str, Any] = {"format": 1, "scale": origin.scale, "command": origin.command}
     write_json_atomic(folder / "claims.json", record | {"claims": [asdict(answer) for answer in answers]})
-    write_text_atomic(folder / "claims.md", page(plan, evidence, answers, command=command))
+    write_text_atomic(folder / "claims.md", page(origin, evidence, answers))
 
 
-def page(plan: Plan, evidence: Evidence, answers: list[Answer], *, command: str) -> str:
+def page(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
     """The page as Markdown."""
     parts = [
         "# The paper's claims, measured",
-        f"    {command}",
-        _summary(plan, evidence, answers),
+        f"    {origin.command}",
+        _summary(origin, evidence, answers),
         "## Table 1",
         _table_1(evidence),
         "## The fourteen claims",
         _claims(answers),
-        *_studies(plan, evidence),
+        *_studies(origin, evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _summary(plan: Plan, evidence: Evidence, answers: list[Answer]) -> str:
+def _summary(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
     counted = ", ".join(
         f"{sum(answer.verdict == verdict for answer in answers)} {verdict}"
         for verdict in VERDICTS
         if any(answer.verdict == verdict for answer in answers)
     )
-    missing = [name for name in plan.names if name not in evidence.studies and not (name == LADDER and evidence.laws)]
-    lines = [f"Of fourteen claims: {counted}. Scale `{plan.scale}`, and no further than that."]
+    missing = [
+        name for name in origin.studies if name not in evidence.studies and not (name == LADDER and evidence.laws)
+    ]
+    lines = [f"Of fourteen claims: {counted}. Scale `{origin.scale}`, and no further than that."]
     if missing:
         lines.append(f"Not begun: {', '.join(missing)}.")
     unfinished = [study.name for study in evidence.studies.values() if not _is_finished(study.results)]
@@ -157,9 +160,9 @@ def _machine(environment: Environment) -> str:
     return ", ".join(text for text in known if text)
 
 
-def _studies(plan: Plan, evidence: Evidence) -> list[str]:
+def _studies(origin: Origin, evidence: Evidence) -> list[str]:
     parts: list[str] = []
-    for name in plan.names:
+    for name in origin.studies:
         study = evidence.studies.get(name)
         if study is None:
             continue

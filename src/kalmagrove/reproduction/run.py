@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,14 @@ from kalmagrove.comparison.compare import compare
 from kalmagrove.data.packing import PackedText
 from kalmagrove.data.sources import iter_documents
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import UsageError
 from kalmagrove.evaluation.text import score_text
 from kalmagrove.files import write_json_atomic
 from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import OTHER_TEXT, load_evidence, read_other_text
+from kalmagrove.reproduction.origin import Origin, claim_folder
 from kalmagrove.reproduction.page import write_page
 from kalmagrove.reproduction.pairs import PAPER
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
@@ -74,7 +74,7 @@ def reproduce(
         next(iter_documents(plan.other_text))
     world.wait()
     if world.is_first:
-        _claim(plan, folder)
+        claim_folder(plan, folder, command=command)
     for name in chosen.names:
         say(f"{name}: {STUDIES[name]}")
         again = f"{command} --only {name}"
@@ -92,29 +92,8 @@ def reproduce(
                 _score_other_text(plan.other_text, folder / name, Results.from_dict(results), say)
             world.wait()
         if world.is_first:
-            write_page(plan, load_evidence(folder), folder, command=command)
+            write_page(Origin(plan.scale, plan.names, command), load_evidence(folder), folder)
     return answer_claims(load_evidence(folder))
-
-
-def _claim(plan: Plan, folder: Path) -> None:
-    """Writes down what the folder's studies are of, so that no page mixes two scales or two texts."""
-    path = folder / "plan.json"
-    sources = {name: config.data.source for name, config in plan.comparisons.items()}
-    sources |= {} if plan.ladder is None else {LADDER: plan.ladder.data.source}
-    wanted = {"scale": plan.scale, "data": sources}
-    if path.is_file():
-        try:
-            known = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise KalmaGroveError(f"{path} is damaged; remove it to write it anew") from error
-        for name, value in wanted.items():
-            if known.get(name) != value:
-                raise UsageError(
-                    f"{folder} holds the {name} {known.get(name)}, and this call is for {value}; give another --out"
-                )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(path, wanted)
 
 
 def _scale(
