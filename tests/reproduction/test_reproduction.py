@@ -59,6 +59,15 @@ def test_every_scale_has_every_study_and_a_cost(scale: str) -> None:
         assert families >= {"llama", "llama-plus", "slim", "kalmagrove"}
 
 
+def test_a_study_adds_to_the_data_of_all_or_has_its_own(tmp_path: Path) -> None:
+    base = SMALL["comparisons"]["base"]  # type: ignore[index]
+    ladder = {"data": {"vocab_size": 500}, "families": "llama+adamw,kalmagrove", "sizes": ["16x1"], "tokens": ["500k"]}
+    plan = load_plan(write_plan(tmp_path, SMALL | {"comparisons": {"base": base}, "ladder": ladder}), source="book.txt")
+    assert plan.ladder is not None and plan.ladder.data.source == "book.txt" and plan.ladder.data.vocab_size == 500
+    recall = load_plan(write_plan(tmp_path), source="book.txt").comparisons["recall"].data
+    assert recall.source is not None and recall.source.startswith("synthetic:recall") and recall.vocab_size != 300
+
+
 def test_a_trial_as_long_as_the_final_runs_is_one_of_them(tmp_path: Path) -> None:
     plan = load_plan(write_plan(tmp_path))
     short = study_costs(plan)[0]
@@ -75,6 +84,7 @@ def test_a_trial_as_long_as_the_final_runs_is_one_of_them(tmp_path: Path) -> Non
         ({"comparisons": {"base": {"model": "llama"}}}, "base: .*model"),
         ({"comparisons": {"base": {"models": "llama"}}}, "at least two presets"),
         ({"comparisons": {"base": []}}, "base must be a mapping"),
+        ({"comparisons": {"base": {"data": "book.txt"}}}, "data of base must be a mapping"),
     ],
 )
 def test_a_wrong_plan_is_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

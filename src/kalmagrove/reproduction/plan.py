@@ -96,8 +96,12 @@ def load_plan(
     def of_study(kind: type[Config], name: str, given: Any) -> Config:
         if not isinstance(given, dict):
             raise UsageError(f"{path}: {name} must be a mapping")
+        of_its_own = given.get("data") or {}
+        if not isinstance(of_its_own, dict):
+            raise UsageError(f"{path}: data of {name} must be a mapping")
         # What a synthetic task is does not depend on the text of the others.
-        return _build(kind, given | {"data": given.get("data", data) | own}, f"{path}: {name}")
+        shared = {} if of_its_own.get("source") else data
+        return _build(kind, given | {"data": shared | of_its_own | own}, f"{path}: {name}")
 
     comparisons = {name: of_study(CompareConfig, name, given) for name, given in options["comparisons"].items()}
     ladder = of_study(SweepConfig, LADDER, options[LADDER]) if options.get(LADDER) else None
