@@ -263,7 +263,13 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     assert claims["C13"]["verdict"] == "undecided" and "recall" in claims["C13"]["ours"]
     assert claims["C3"]["verdict"] == "undecided" and claims["C10"]["verdict"] == "not measured"
     page = (tmp_path / "out" / "claims.md").read_text()
-    for expected in ("Word perplexity on a second text", "KAN large", "kalmagrove-nano, kalma", "## recall"):
+    for expected in (
+        "of the parameters (target 0.50x",
+        "Word perplexity on a second text",
+        "KAN large",
+        "kalmagrove-nano, kalma",
+        "## recall",
+    ):
         assert expected in page
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
     assert main([*words[:3], "--data", str(tmp_path), *words[5:]]) == 2

@@ -111,7 +111,7 @@ def keep_evidence(folder: Path, to: Path) -> None:
     law = folder / LADDER / LAW_FOLDER / FIT
     if law.is_file():
         (to / LADDER / LAW_FOLDER).mkdir(parents=True, exist_ok=True)
-        _write_small(to / LADDER / LAW_FOLDER / FIT, read_fit(law))
+        _write_small(to / LADDER / LAW_FOLDER / FIT, _without_draws(read_fit(law)))
 
 
 def _without_curves(results: dict[str, Any]) -> dict[str, Any]:
@@ -120,6 +120,14 @@ def _without_curves(results: dict[str, Any]) -> dict[str, Any]:
         for run in model["runs"]:
             run["curve"] = {"tokens": [], "seconds": [], "loss": []}
     return results
+
+
+def _without_draws(laws: dict[str, Any]) -> dict[str, Any]:
+    """Resampled constants are for plans; their intervals stay."""
+    for family in laws["families"].values():
+        for fit in family["laws"].values():
+            fit["draws"] = []
+    return laws
 
 
 def _write_small(path: Path, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from kalmagrove.report.table import build_table, format_count, format_score, to_
 from kalmagrove.reproduction.answers import Answer, shown
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
+from kalmagrove.reproduction.headline import headline
 from kalmagrove.reproduction.origin import Origin
-from kalmagrove.reproduction.pairs import PAPER, PaperRow, usual_transformers
+from kalmagrove.reproduction.pairs import PAPER, PaperRow, pairs_of, usual_transformers
 from kalmagrove.reproduction.plan import LADDER, STUDIES
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
@@ -32,6 +34,7 @@ def page(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
     """The page as Markdown."""
     parts = [
         "# The paper's claims, measured",
+        "\n".join(f"- {headline(pair)}" for pair in pairs_of(evidence).values() if pair is not None),
         f"    {origin.command}",
         _summary(origin, evidence, answers),
         "## Table 1",
@@ -175,4 +178,23 @@ def _studies(origin: Origin, evidence: Evidence) -> list[str]:
             f"{study.results.data.source}, vocabulary {study.results.data.vocab_size:,}. {machine}.",
             to_markdown(build_table(study.results)),
         ]
+    if evidence.laws is not None:
+        parts += [f"## {LADDER}: {STUDIES[LADDER]}", _ladder(evidence.laws)]
     return parts
+
+
+def _ladder(laws: Mapping[str, Any]) -> str:
+    lines = [f"{laws['runs']} runs; exponents of parameters (alpha) and of tokens (beta), with 95 % intervals:", ""]
+    lines += ["| family | law | alpha | beta |", "| :-- | :-- | --: | --: |"]
+    for family, found in laws["families"].items():
+        for fit in found["laws"].values():
+            cells = [_exponent(fit, name) for name in ("alpha", "beta")]
+            lines.append(f"| {family} | {fit['formula']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _exponent(fit: Mapping[str, Any], name: str) -> str:
+    if name not in fit["constants"]:
+        return "-"
+    low_high = fit["intervals"].get(name)
+    return f"{fit['constants'][name]:.3f}" + ("" if low_high is None else f" ({low_high[0]:.3f} to {low_high[1]:.3f})")
