@@ -9,10 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from kalmagrove.nn.compact import CompactBasis, CompactLinear
+
 GROUP = 64
 """Neighbouring weights of a row that share a scale and an offset, 16 bits each."""
 TABLE_BITS = 8
 """Bits of embeddings and heads, whatever the matrices have."""
+FACTOR_BITS = 8
+"""Least bits of compact factors: an error in one is multiplied by the other, and at four bits nothing is left."""
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 SMALLEST_MATRIX = 4096
 """Weights below which a tensor keeps 16 bits."""
@@ -39,12 +43,19 @@ def rounded(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
 def round_weights(model: nn.Module, bits: int) -> int:
     """Rounds all matrices of a model in place; returns the bytes that its weights then take, shared ones once."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    factors = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, CompactBasis | CompactLinear)
+        for parameter in module.parameters()
+    }
     size = 0.0
     for parameter in model.parameters():
         if parameter.ndim != 2 or parameter.numel() < SMALLEST_MATRIX:
             size += 2 * parameter.numel()
             continue
-        own_bits = TABLE_BITS if id(parameter) in tables else bits
+        least = TABLE_BITS if id(parameter) in tables else FACTOR_BITS if id(parameter) in factors else bits
+        own_bits = max(bits, least)
         parameter.copy_(rounded(parameter, own_bits))
         groups = parameter.shape[0] * -(-parameter.shape[1] // GROUP)
         size += parameter.numel() * own_bits / 8 + 4 * groups
