@@ -146,13 +146,19 @@ def _run(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[
         "folder": path.relative_to(folder).as_posix(),
         "diverged": bool(result and result.get("diverged")),
         "seconds": result.get("seconds") if result else None,
-        "valid": result.get("valid") if result else None,
-        "test": result.get("test") if result else None,
+        "valid": _scores(result, "valid"),
+        "test": _scores(result, "test"),
         "precision": result.get("precision") if result else None,
         "curve": {key: [m[key] for m in curve] for key in ("tokens", "seconds", "loss")},
         "valid_curve": {"tokens": [m["tokens"] for m in valid], "loss": [m["valid_loss"] for m in valid]},
         "spikes": spikes_in_a_thousand([m["loss"] for m in metrics if m.get("loss") is not None]),
     }
+
+
+def _scores(result: Mapping[str, Any] | None, split: str) -> dict[str, Any] | None:
+    """Of a split, with an optimum where there is none as well."""
+    found = result.get(split) if result else None
+    return None if found is None else {"optimum": None} | found
 
 
 def _smooth(metrics: list[dict[str, Any]], memory: float = 0.9) -> list[dict[str, Any]]:
