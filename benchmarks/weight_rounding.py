@@ -42,20 +42,18 @@ def rounded(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
 @torch.no_grad()
 def round_weights(model: nn.Module, bits: int) -> int:
     """Rounds all matrices of a model in place; returns the bytes that its weights then take, shared ones once."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    factors = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, CompactBasis | CompactLinear)
-        for parameter in module.parameters()
-    }
+    least_bits = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            least_bits[id(module.weight)] = TABLE_BITS
+        elif isinstance(module, CompactBasis | CompactLinear):
+            least_bits |= {id(parameter): FACTOR_BITS for parameter in module.parameters()}
     size = 0.0
     for parameter in model.parameters():
         if parameter.ndim != 2 or parameter.numel() < SMALLEST_MATRIX:
             size += 2 * parameter.numel()
             continue
-        least = TABLE_BITS if id(parameter) in tables else FACTOR_BITS if id(parameter) in factors else bits
-        own_bits = max(bits, least)
+        own_bits = max(bits, least_bits.get(id(parameter), bits))
         parameter.copy_(rounded(parameter, own_bits))
         groups = parameter.shape[0] * -(-parameter.shape[1] // GROUP)
         size += parameter.numel() * own_bits / 8 + 4 * groups

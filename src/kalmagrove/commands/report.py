@@ -88,15 +88,13 @@ def _run_scaling(words: Sequence[str]) -> None:
 
 def _run_claims(words: Sequence[str]) -> None:
     options = parse(make_report_claims_parser(), words)
-    from kalmagrove.reproduction.claims import answer_claims
     from kalmagrove.reproduction.evidence import load_evidence
     from kalmagrove.reproduction.origin import keep_evidence, read_origin
     from kalmagrove.reproduction.page import write_page
 
     folder, out = options.folder, options.out or options.folder
     origin, evidence = read_origin(folder), load_evidence(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write_page(origin, evidence, out)
     if options.keep is not None:
         keep_evidence(folder, options.keep)
-    show_answers(answer_claims(evidence), out)
+    out.mkdir(parents=True, exist_ok=True)
+    show_answers(write_page(origin, evidence, out), out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,7 @@ def claim_folder(plan: Plan, folder: Path, *, command: str) -> None:
     sources |= {} if plan.ladder is None else {LADDER: plan.ladder.data.source}
     wanted = {"scale": plan.scale, "data": sources}
     if (folder / PLAN).is_file():
-        known = _read(folder)
-        for name, value in wanted.items():
-            if known.get(name) != value:
-                raise UsageError(
-                    f"{folder} holds the {name} {known.get(name)}, and this call is for {value}; give another --out"
-                )
+        _require_same(folder, wanted, flag="--out")
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_json_atomic(folder / PLAN, wanted | {"command": command})
@@ -84,6 +79,17 @@ def _read(folder: Path) -> dict[str, Any]:
     return known
 
 
+def _require_same(folder: Path, wanted: Mapping[str, Any], *, flag: str) -> None:
+    """Refuses a folder whose studies are of another scale or text."""
+    known = _read(folder)
+    for name, value in wanted.items():
+        if known.get(name) != value:
+            raise UsageError(
+                f"{folder} is of another scale or text: it holds the {name} {known.get(name)}, and this call is for "
+                f"{value}; give another {flag}"
+            )
+
+
 def keep_evidence(folder: Path, to: Path) -> None:
     """Copies what a page rests on: the results of every study and the fitted laws, without runs, models and curves.
 
@@ -97,9 +103,7 @@ def keep_evidence(folder: Path, to: Path) -> None:
     """
     origin = _read(folder)
     if (to / PLAN).is_file():
-        known = _read(to)
-        if any(known.get(name) != origin.get(name) for name in ("scale", "data")):
-            raise UsageError(f"{to} holds the evidence of another scale or text; give another --keep")
+        _require_same(to, {name: origin.get(name) for name in ("scale", "data")}, flag="--keep")
     to.mkdir(parents=True, exist_ok=True)
     write_json_atomic(to / PLAN, origin)
     for name in STUDIES:

@@ -22,12 +22,13 @@ from kalmagrove.reproduction.plan import LADDER, STUDIES
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
 
 
-def write_page(origin: Origin, evidence: Evidence, folder: Path) -> None:
-    """Writes ``claims.md`` and ``claims.json``."""
+def write_page(origin: Origin, evidence: Evidence, folder: Path) -> list[Answer]:
+    """Writes ``claims.md`` and ``claims.json``; returns the answers that they hold."""
     answers = answer_claims(evidence)
     record: dict[str, Any] = {"format": 1, "scale": origin.scale, "command": origin.command}
     write_json_atomic(folder / "claims.json", record | {"claims": [asdict(answer) for answer in answers]})
     write_text_atomic(folder / "claims.md", page(origin, evidence, answers))
+    return answers
 
 
 def page(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
