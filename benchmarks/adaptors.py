@@ -4,14 +4,14 @@
     python benchmarks/adaptors.py --base runs/book --seeds 0 1 2 --tokens 1m
     python benchmarks/adaptors.py --base runs/book --tokens 250k --page docs/results/adaptors.md
 
-Needs ../shared/data and the extra "peft". Without --base a kalmagrove-mini is trained on the textbooks first. All
-methods adapt the base's dense form, see the same tokens in the same order, and are tuned alike: each at its rates of
---lr_scales with the first seed on the validation split, further rates while the best is at the edge, and the best rate
-with the other seeds. Cores between the gradient's bases read the first tokens of the training once more before it, to
-find the bases: no other text, but more time, which the table shows. Gain is the fall of the domain's test loss in nats
-a token, forgetting the rise of that of the base's own text; shares of LoRA's gain are paired by seed. A run leaves one
-JSON file and is not repeated; the table comes at the end, from the files. With --page it is put into that page too, and
-the numbers of the runs into the .json file beside it.
+Needs the extra "peft", and in --texts a folder for each text: textbooks/ and the domains. Without --base a
+kalmagrove-mini is trained on the textbooks first. All methods adapt the base's dense form, see the same tokens in the
+same order, and are tuned alike: each at its rates of --lr_scales with the first seed on the validation split, further
+rates while the best is at the edge, and the best rate with the other seeds. Cores between the gradient's bases read
+the first tokens of the training once more before it, to find the bases: no other text, but more time, which the table
+shows. Gain is the fall of the domain's test loss in nats a token, forgetting the rise of that of the base's own text;
+shares of LoRA's gain are paired by seed. A run leaves one JSON file and is not repeated; the table comes at the end,
+from the files. With --page it is put into that page too, and the numbers of the runs into the .json file beside it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ from marked import fill_page, keep_records
 from parallel import stored, workers
 from tuning import tune
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 DOMAINS = ("biomedical", "legal", "technical")
 SCORED_TOKENS, GRADIENT_TOKENS, WARMUP_PART = 65536, 65536, 0.1
 CPU = torch.device("cpu")
@@ -315,10 +314,10 @@ def shown(interval: Interval | None, form: str) -> str:
     return form.format(interval.mean) + ("" if bounds is None else f" ({' to '.join(map(form.format, bounds))})")
 
 
-def trained_base(out: Path) -> Path:
+def trained_base(texts: Path, out: Path) -> Path:
     """A kalmagrove-mini of the textbooks, trained once."""
     config = TrainConfig(
-        data=DataConfig(source=str(SHARED / "textbooks")),
+        data=DataConfig(source=str(texts / "textbooks")),
         model=ModelConfig(preset="kalmagrove-mini"),
         optim=OptimConfig(),
         loop=LoopConfig(tokens="5m"),
@@ -336,6 +335,7 @@ def main() -> None:
     """Runs what is missing and prints everything."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="a run folder; left out: trained on the textbooks")
+    parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder with a folder for each text")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1.0, 2.0])
@@ -345,9 +345,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/adaptors"))
     parser.add_argument("--page", type=Path)
     options = parser.parse_args()
-    base = options.base or trained_base(options.out)
+    base = options.base or trained_base(options.texts, options.out)
     tokenizer = str(base / "model")
-    data = {name: open_data(DataConfig(str(SHARED / name), tokenizer=tokenizer)).folder for name in options.domains}
+    data = {
+        name: open_data(DataConfig(str(options.texts / name), tokenizer=tokenizer)).folder for name in options.domains
+    }
     data["base"] = open_data(train_config_of(RunFolder(base)).data).folder
     identity = model_fingerprint(load_model(base))
     job = partial(Job, tokens=parse_count(options.tokens), base=identity)

@@ -57,9 +57,8 @@ from kalmagrove.report.statistics import mean_interval
 from marked import fill_page, keep_records
 from weight_rounding import round_weights
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 CALIBRATED = ("wikitext", "textbooks")
-TEXTS = {name: DATA / name / "test.txt.xz" for name in (*CALIBRATED, "biomedical")}
+TEXTS = (*CALIBRATED, "biomedical")
 TIMED_TOKENS, TIMED_ROUNDS = 256, 8
 
 
@@ -67,6 +66,7 @@ def parsed() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--source", required=True, help="a Llama-style folder")
+    parser.add_argument("--texts", type=Path, default=Path("texts"), help="has wikitext/, textbooks/ and biomedical/")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.6, 0.5])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
@@ -88,10 +88,11 @@ def read_texts(options: argparse.Namespace, vocab_size: int) -> tuple[Calibratio
         read_calibration_text(
             str(path.with_name("train.txt.xz")), options.source, tokens=options.calibration_tokens // 2, **common
         )
-        for path in (TEXTS[name] for name in CALIBRATED)
+        for path in (options.texts / name / "test.txt.xz" for name in CALIBRATED)
     ]
     tests = {}
-    for name, path in TEXTS.items():
+    for name in TEXTS:
+        path = options.texts / name / "test.txt.xz"
         # An eighth more is read for a check; the test uses all of it.
         tokens = min(options.test_tokens, int(_count_tokens(path, options.source) / 1.13))
         both = read_calibration_text(str(path), options.source, tokens=tokens, **common)

@@ -28,9 +28,9 @@ COMMANDS = {
     "compress": "a dense model with fewer parameters: factors over shared bases",
     "export": "a model as a plain dense folder, for other tools",
     "data": "tokenise and pack a text (data prepare)",
-    "scale": "scaling laws of finished runs (scale fit)",
+    "scale": "scaling laws: train a ladder, fit it, plan a budget (scale sweep, fit, plan)",
     "reproduce": "the paper's table and claims, trained again and answered",
-    "report": "write a comparison's report again",
+    "report": "pages written again without training: of a comparison, of claims, of a ladder",
     "completion": "a script by which your shell completes commands and flags",
 }
 _HELP = """usage: kalmagrove COMMAND [options]

@@ -54,6 +54,7 @@ def parse(parser: ArgumentParser, words: Sequence[str], short: Mapping[str, str]
         UsageError: A flag is unknown (the nearest is offered), its value is wrong, or a file of flags is no such file.
     """
     _check_config_files(words)
+    _name_short_flags(parser, short or {})
     try:
         return parser.parse_args([_expand(word, short or {}) for word in words])
     except ArgumentError as error:
@@ -204,6 +205,13 @@ def _expanded_size(node: yaml.Node, sizes: dict[int, float]) -> float:
         parts = [part for item in items for part in (item if isinstance(item, tuple) else (item,))]
         sizes[id(node)] = 1 + sum(_expanded_size(part, sizes) for part in parts)
     return sizes[id(node)]
+
+
+def _name_short_flags(parser: ArgumentParser, short: Mapping[str, str]) -> None:
+    """In the help: the parser takes --data for a file of all options that begin with it, which ours is not."""
+    for action in parser._actions:
+        for flag in short.keys() & set(action.option_strings):
+            action.help, action.metavar = f"short for {short[flag]}", short[flag].rpartition(".")[2].upper()
 
 
 def _expand(word: str, short: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 SECONDS_BETWEEN_LINES = 60.0
 EXAMPLES = """\
   kalmagrove watch runs/mine
-  kalmagrove watch runs/book --once        (a comparison or a sweep: all of its runs, once)
+  kalmagrove watch runs/comparison --once  (a comparison or a sweep: all of its runs, once)
   kalmagrove watch runs/mine --once --json
 
 It only reads, so it can begin and end at any time; Ctrl-C ends it and leaves the run alone."""

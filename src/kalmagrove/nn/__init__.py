@@ -1,4 +1,4 @@
-"""The paper's layers as plain modules: they need torch alone and can be lifted out one by one."""
+"""The layers as plain modules: they need torch alone and can be lifted out one by one."""
 
 from kalmagrove.nn.arnold import MultiResolutionAttention
 from kalmagrove.nn.decoding import DecodingCache
