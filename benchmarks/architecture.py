@@ -3,8 +3,9 @@
     python benchmarks/architecture.py --data books/ --seeds 0 1
     python benchmarks/architecture.py --designs slim band-2 --tokens 20m --context_length 512 --seeds 0 1 2
 
-A design is a file of configs/search: options over a preset. Each is tried at --lr_scales times the optimiser's usual
-rates with the first seed; the best goes on with the other seeds. Then all take steps in turns, for paired times.
+A design is a file of --search, configs/search: options over a preset. Each is tried at --lr_scales times the
+optimiser's usual rates with the first seed; the best goes on with the other seeds. Then all take steps in turns, for
+paired times.
 A run leaves one JSON file and is not repeated; a table comes at the end, from the files. Two runs go side by side, one
 thread each.
 """
@@ -40,7 +41,6 @@ from paired import Contestant, median_ratio, own_loss, random_tokens, take_turns
 from parallel import diverged_in_training, stored, workers
 
 DESIGNS = Path(__file__).parents[1] / "configs" / "search"
-REFERENCE = "llama"
 SECONDS_BETWEEN_CHECKPOINTS = 300
 
 Record = dict[str, Any]
@@ -71,20 +71,21 @@ class Job:
         return f"{self.optimizer}-{sizes}/{self.design}-x{self.lr_scale:g}-seed{self.seed}"
 
 
-def read_design(name: str) -> ModelConfig:
+def read_design(designs: Path, name: str) -> ModelConfig:
     """The model options of a design."""
-    return ModelConfig(**yaml.safe_load((DESIGNS / f"{name}.yaml").read_text("utf-8")))
+    return ModelConfig(**yaml.safe_load((designs / f"{name}.yaml").read_text("utf-8")))
 
 
-def run_job(job: Job, *, data_folder: Path, out: Path) -> Record:
+def run_job(job: Job, *, designs: Path, data_folder: Path, out: Path) -> Record:
     """The record of a job: read where it exists, else trained and written."""
-    return stored(out / f"{job.name}.json", lambda: train(job, data_folder, out / f"{job.name}-checkpoints"))
+    model = read_design(designs, job.design)
+    return stored(out / f"{job.name}.json", lambda: train(job, model, data_folder, out / f"{job.name}-checkpoints"))
 
 
-def train(job: Job, data_folder: Path, checkpoints: Path) -> Record:
+def train(job: Job, model: ModelConfig, data_folder: Path, checkpoints: Path) -> Record:
     """Trains one model and scores it on the validation and test split; goes on from a stopped job's checkpoint."""
     config = TrainConfig(
-        model=read_design(job.design),
+        model=model,
         optim=OptimConfig(name=job.optimizer, lr_scale=job.lr_scale),  # type: ignore[arg-type]
         loop=LoopConfig(seed=job.seed, **dict(job.loop)),
     )
@@ -121,17 +122,17 @@ def train(job: Job, data_folder: Path, checkpoints: Path) -> Record:
 def time_designs(options: argparse.Namespace, vocab_size: int) -> dict[str, float]:
     """Median ratio of each design's step time to the reference's, over rounds in turns."""
     device = torch.device("cpu")
-    names = list(dict.fromkeys([REFERENCE, *options.designs]))
+    names = list(dict.fromkeys([options.reference, *options.designs]))
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": options.context_length}
     contestants = {}
     for name in names:
-        design = read_design(name)
+        design = read_design(options.search, name)
         model = build_model(model_config(design.preset, sizes | design.overrides()), seed=0).train()
         optimizers = build_optimizers(options.optimizer, model, lr=1e-3)
         contestants[name] = Contestant(model, optimizers, choose_precision("auto", device), own_loss)
     shape = (options.batch_size, options.context_length, vocab_size)
     times = take_turns(contestants, options.rounds, lambda step: random_tokens(step, *shape))
-    return {name: median_ratio(own.step, times[REFERENCE].step) for name, own in times.items()}
+    return {name: median_ratio(own.step, times[options.reference].step) for name, own in times.items()}
 
 
 def search(options: argparse.Namespace, run_all: Callable[[list[Job]], list[Record]]) -> list[Record]:
@@ -177,9 +178,11 @@ def describe(record: Record) -> str:
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = sorted(path.stem for path in DESIGNS.glob("*.yaml"))
     parser.add_argument("--data", help="file or folder of text; left out: the standard library of this Python")
-    parser.add_argument("--designs", nargs="+", choices=known, default=known)
+    parser.add_argument("--vocab_size", type=int, default=4096)
+    parser.add_argument("--search", type=Path, default=DESIGNS, help="folder of designs")
+    parser.add_argument("--designs", nargs="+", help="names of its files; left out: all")
+    parser.add_argument("--reference", default="llama", help="design whose time a step is 1")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--lr_scales", nargs="+", type=float, default=[0.5, 1.0, 2.0])
     parser.add_argument("--optimizer", choices=["kalma", "muon", "adamw"], default="kalma")
@@ -190,8 +193,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/architecture"))
     options = parser.parse_args()
-    data = open_data(DataConfig(source=options.data))
-    run = partial(run_job, data_folder=data.folder, out=options.out / data.fingerprint[:8])
+    known = sorted(path.stem for path in options.search.glob("*.yaml"))
+    options.designs = options.designs or known
+    if unknown := sorted(set(options.designs) - set(known)):
+        parser.error(f"{options.search} has no {', '.join(unknown)}; it has {', '.join(known)}")
+    data = open_data(DataConfig(source=options.data, vocab_size=options.vocab_size))
+    run = partial(run_job, designs=options.search, data_folder=data.folder, out=options.out / data.fingerprint[:8])
     with workers(run, describe, options.workers) as run_all:
         records = search(options, run_all)
     ratios = time_designs(options, data.vocab_size) if options.rounds else {}

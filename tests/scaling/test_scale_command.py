@@ -51,6 +51,22 @@ def test_two_families_are_fitted_and_compared(suffix: str, tmp_path: Path, capsy
     assert json.loads(capsys.readouterr().out) == summary
 
 
+def test_several_tables_are_fitted_as_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = write(tmp_path / "whole.csv", ROWS)
+    first, rest = (
+        write(tmp_path / "first.csv", ROWS[:30]),
+        write(tmp_path / "rest.jsonl", [*ROWS[30:], {**ROWS[0], "loss": -1}]),
+    )
+    options = ["--resamples", "20", "--out", str(tmp_path / "law"), "--json"]
+    assert main(["scale", "fit", str(whole), *options]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main(["scale", "fit", str(first), str(rest), *options]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["families"] == expected["families"]
+    assert found["left_out"] == [f"row 19 of {rest}: its loss is -1, and must be positive"]
+    assert found["command"] == f"kalmagrove scale fit {first} {rest} --resamples 20 --out {tmp_path / 'law'}"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kalmagrove.errors import UsageError
 EXAMPLES = """\
   kalmagrove scale fit runs/ladder
   kalmagrove scale fit runs.csv --out runs/law
+  kalmagrove scale fit ladder.jsonl ranks.jsonl --out runs/law
   kalmagrove scale fit runs.jsonl --baseline llama --resamples 4000 --out runs/law"""
 
 
@@ -28,7 +30,9 @@ def make_scale_fit_parser() -> ArgumentParser:
     parser.add_argument(
         "runs",
         type=Path,
-        help="folder of a sweep; or .csv, .json, .jsonl with a row a run: parameters, tokens, loss; family, seed",
+        nargs="+",
+        help="folder of a sweep; or .csv, .json, .jsonl with a row a run: parameters, tokens, loss; family, seed; "
+        "of several, all runs together",
     )
     parser.add_argument(
         "--out", type=Path, default=None, help="a folder for fit.json, fit.md and fit.svg; of a sweep: its law/"
@@ -55,14 +59,18 @@ def run(words: Sequence[str]) -> None:
     from kalmagrove.scaling.summary import facts_of_sweep, summarise
 
     summary = summarise(
-        read_points(options.runs),
+        read_points(*options.runs),
         resamples=options.resamples,
         seed=options.seed,
         repeated=options.repeated,
         baselines=options.baseline,
         say=say,
-    ) | facts_of_sweep(options.runs)
-    out = options.out or (options.runs / LAW_FOLDER if options.runs.is_dir() else None)
+    )
+    summary["command"] = "kalmagrove scale fit " + shlex.join(word for word in words if word != "--json")
+    out = options.out
+    if len(options.runs) == 1:
+        summary |= facts_of_sweep(options.runs[0])
+        out = out or (options.runs[0] / LAW_FOLDER if options.runs[0].is_dir() else None)
     if out is not None:
         write_pages(summary, out)
     print(json.dumps(summary, indent=2) if options.json else markdown(summary), end="")

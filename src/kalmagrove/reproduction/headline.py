@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kalmagrove.report.results import Model
 from kalmagrove.reproduction.answers import shown
-from kalmagrove.reproduction.pairs import Pair
+from kalmagrove.reproduction.pairs import Pair, described
 
 PARAMETERS, TIME, PERPLEXITY = 0.50, 0.60, 0.90
 """Targets against the better plain Transformer with its usual optimiser: at most these ratios."""
@@ -24,7 +24,7 @@ def headline(pair: Pair) -> str:
     for family, is_strict in (("llama-plus", False), ("slim", True)):
         control = pair.study.find(family)
         parts += [] if control is None else _perplexity(pair, control, AS_GOOD, is_strict=is_strict)
-    return f"**{pair.name}**: {ours.name} against {rival.name} with {rival.optim} has {', '.join(parts)}."
+    return f"**{pair.name}**: {ours.name} against {described(rival)} has {', '.join(parts)}."
 
 
 def _perplexity(pair: Pair, rival: Model, target: float, *, is_strict: bool = False) -> list[str]:

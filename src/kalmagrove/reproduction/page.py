@@ -185,7 +185,8 @@ def _studies(origin: Origin, evidence: Evidence) -> list[str]:
 
 
 def _ladder(laws: Mapping[str, Any]) -> str:
-    lines = [f"{laws['runs']} runs; exponents of parameters (alpha) and of tokens (beta), with 95 % intervals:", ""]
+    lines = [f"    {laws['command']}", ""] if "command" in laws else []
+    lines += [f"{laws['runs']} runs; exponents of parameters (alpha) and of tokens (beta), with 95 % intervals:", ""]
     lines += ["| family | law | alpha | beta |", "| :-- | :-- | --: | --: |"]
     for family, found in laws["families"].items():
         for fit in found["laws"].values():

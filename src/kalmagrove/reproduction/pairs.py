@@ -92,6 +92,11 @@ def is_at_edge(results: Results, model: Model) -> bool:
     return min(known, key=known.__getitem__) in (min(losses), max(losses))
 
 
+def described(model: Model) -> str:
+    """A model with its optimiser, which a name such as llama+adamw says already."""
+    return model.name if model.optim in model.name.split("+") else f"{model.name} with {model.optim}"
+
+
 def usual_transformers(results: Results) -> list[Model]:
     """The plain Transformers that are trained as is usual, of which the better one is the reference."""
     return [model for model in results.models if is_usual_transformer(model.preset, model.optim)]

@@ -107,7 +107,7 @@ def _scale(
     points = read_points(folder)
     fitted = {point.family for point in points.points}
     baselines = [family.name for family in config.family_list() if family.is_baseline and family.name in fitted]
-    summary = summarise(points, baselines=baselines, say=say) | facts_of_sweep(folder)
+    summary = summarise(points, baselines=baselines, say=say) | facts_of_sweep(folder) | {"command": command}
     write_pages(summary, folder / LAW_FOLDER)
     write_scaling_report(summary, folder / LAW_FOLDER)
 

@@ -9,6 +9,7 @@ from kalmagrove.reproduction.evidence import part_to_reach
 from kalmagrove.reproduction.pairs import (
     PAPER,
     Pair,
+    described,
     each,
     held_back,
     lost_seeds,
@@ -72,8 +73,8 @@ def perplexity(pairs: Pairs) -> Answer:
 def _plain(pair: Pair) -> str:
     """Which plain Transformers were there, and which is the reference."""
     models = usual_transformers(pair.study.results)
-    others = [f"{model.name} with {model.optim}" for model in models if model.name != pair.rival.name]
-    return " better than ".join([f"{pair.rival.name} with {pair.rival.optim}", *others])
+    others = [described(model) for model in models if model.name != pair.rival.name]
+    return " better than ".join([described(pair.rival), *others])
 
 
 def same_size(pairs: Pairs) -> Answer:

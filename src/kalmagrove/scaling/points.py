@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,39 +60,45 @@ class PointTable:
     left_out: tuple[str, ...]
 
 
-def read_points(path: Path) -> PointTable:
-    """Points from a .csv, .json (a list) or .jsonl file with a row for each run, or from the folder of a sweep.
+def read_points(*paths: Path) -> PointTable:
+    """Points from .csv, .json (a list) or .jsonl files with a row for each run, or from the folders of sweeps.
 
     Columns are named as the fields of :class:`Point`; N, D and C stand for parameters, tokens and flops. Others are
     ignored.
 
     Raises:
-        UsageError: The file is of another type, or lacks a column.
+        UsageError: A file is of another type, or lacks a column.
         KalmaGroveError: It cannot be read, a cell is no number, or the runs have several tokenisers.
     """
-    path = table_path(path)
-    rows = list(_rows(path))
-    points, left_out = [], []
-    for number, row in enumerate(rows, start=1):
-        named = {_NAMES.get(key, key): value for key, value in row.items() if key is not None}
-        missing = [name for name in _NUMBERS if name not in named]
-        if missing:
-            raise UsageError(f"{path} has no column {missing[0]}; it needs {', '.join(_NUMBERS)} (or N, D, loss)")
-        point = _point(path, number, named)
-        reason = _reason_against(point)
-        if reason is None:
-            points.append(point)
-        else:
-            left_out.append(f"row {number}: {reason}")
+    points: list[Point] = []
+    left_out: list[str] = []
+    for path in paths:
+        table = table_path(path)
+        for number, point in enumerate(_points(table), start=1):
+            reason = _reason_against(point)
+            if reason is None:
+                points.append(point)
+            else:
+                left_out.append(f"row {number}{f' of {table}' if len(paths) > 1 else ''}: {reason}")
+    names = " and ".join(str(table_path(path)) for path in paths)
     vocabularies = sorted({point.vocabulary for point in points})
     if len(vocabularies) > 1:
         raise KalmaGroveError(
-            f"{path} mixes the vocabularies {', '.join(map(repr, vocabularies))}, whose losses cannot be compared; "
+            f"{names} mixes the vocabularies {', '.join(map(repr, vocabularies))}, whose losses cannot be compared; "
             "fit each alone"
         )
     if not points:
-        raise KalmaGroveError(f"{path} holds no run that can be used" + (f": {left_out[0]}" if left_out else ""))
+        raise KalmaGroveError(f"{names} holds no run that can be used" + (f": {left_out[0]}" if left_out else ""))
     return PointTable(tuple(points), tuple(left_out))
+
+
+def _points(table: Path) -> Iterator[Point]:
+    for number, row in enumerate(_rows(table), start=1):
+        named = {_NAMES.get(key, key): value for key, value in row.items() if key is not None}
+        missing = [name for name in _NUMBERS if name not in named]
+        if missing:
+            raise UsageError(f"{table} has no column {missing[0]}; it needs {', '.join(_NUMBERS)} (or N, D, loss)")
+        yield _point(table, number, named)
 
 
 def table_path(path: Path) -> Path:
