@@ -1,4 +1,4 @@
-"""Kalma: the Kalman filter's update for weight matrices, as a ``torch.optim.Optimizer`` (equation 3).
+"""Kalma: an optimiser of weight matrices made from the Kalman filter's gain, a ``torch.optim.Optimizer`` (equation 3).
 
 For a layer y = W h the filter's gain is K = P H^T (H P H^T + R)^-1, with H the layer's input. Over a batch this is
 the gradient multiplied by P on the input side, and by the inverse of the innovation's covariance:
