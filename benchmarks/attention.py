@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kalmagrove.files import write_json_atomic
-from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
+from kalmagrove.nn.arnold import MultiResolutionAttention
 from kalmagrove.nn.attend import attend
 from kalmagrove.nn.decoding import placement
+from kalmagrove.nn.pooling import BlockPooling
 from kalmagrove.nn.resolution import Resolution
 from kalmagrove.precision import choose_device, synchronize
 from kalmagrove.training.environment import describe_environment

@@ -5,8 +5,8 @@ import torch
 
 from kalmagrove.models.build import build_model, model_config
 from kalmagrove.nn import flex
-from kalmagrove.nn.arnold import BlockPooling
 from kalmagrove.nn.attend import attend
+from kalmagrove.nn.pooling import BlockPooling
 from kalmagrove.nn.resolution import Resolution
 from kalmagrove.optim.build import build_optimizers
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.nn import flex
-from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
+from kalmagrove.nn.arnold import MultiResolutionAttention
 from kalmagrove.nn.attend import attend
 from kalmagrove.nn.decoding import document_starts, placement
+from kalmagrove.nn.pooling import BlockPooling
 from kalmagrove.nn.resolution import Resolution
 
 GROUPS = {
@@ -309,6 +310,24 @@ def test_pooling_weighs_tokens_by_their_keys_and_places() -> None:
             weights = scores[here].softmax(0)
             for means, x in zip(pool(key, value), (key, value), strict=True):
                 torch.testing.assert_close(means[0, head, block], weights @ x[0, head, here])
+
+
+def test_the_gradients_of_pooling_are_autograds() -> None:
+    key, value = torch.randn(2, 3, 2, 7, 4, dtype=torch.float64, requires_grad=True).unbind()
+    pool = BlockPooling(2, 4, 3).double()
+    nn.init.normal_(pool.query)
+    nn.init.normal_(pool.bias)
+
+    def plain(key: Tensor, value: Tensor, query: Tensor, bias: Tensor) -> list[Tensor]:
+        blocks = [x[:, :, :6].unflatten(2, (2, 3)) for x in (key, value)]
+        weights = (torch.einsum("bhnsd,hd->bhns", blocks[0], query[:, 0]) + bias).softmax(-1)
+        return [torch.einsum("bhns,bhnsd->bhnd", weights, x) for x in blocks]
+
+    inputs = (key, value, pool.query, pool.bias)
+    slopes = torch.randn(2, 3, 2, 2, 4, dtype=torch.float64).unbind()
+    own, expected = (torch.autograd.grad(means, inputs, slopes) for means in (pool(key, value), plain(*inputs)))
+    for ours, theirs in zip(own, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_full_attention_equals_pytorchs_own() -> None:

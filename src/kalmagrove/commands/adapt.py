@@ -108,12 +108,10 @@ def _show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    before, after = (_shown(scores["test"]["perplexity"]) for scores in (result["base"], result))
+    from kalmagrove.evaluation.perplexity import describe_perplexity
+
+    before, after = (describe_perplexity(scores["test"]["perplexity"]) for scores in (result["base"], result))
     print(
         f"{folder}: test perplexity {before} -> {after} with {result['parameters']['trained']:,} trained parameters, "
         f"after {result['tokens']:,} tokens in {result['seconds']:.0f} s of training steps"
     )
-
-
-def _shown(perplexity: float | None) -> str:
-    return "too large" if perplexity is None else f"{perplexity:.2f}"

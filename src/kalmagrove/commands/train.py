@@ -50,6 +50,7 @@ def run(words: Sequence[str]) -> None:
     config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
     if started_processes("train", words, options.nproc):
         return
+    from kalmagrove.evaluation.perplexity import describe_perplexity
     from kalmagrove.training.environment import keep_freed_memory
     from kalmagrove.training.trainer import train
 
@@ -63,11 +64,8 @@ def run(words: Sequence[str]) -> None:
         print(json.dumps(result, indent=2))
         return
     test = result["test"]
+    perplexity = describe_perplexity(test["perplexity"])
     print(
-        f"{options.out}: test perplexity {_shown(test['perplexity'])}, {test['bits_per_byte']:.3f} bits per byte, "
+        f"{options.out}: test perplexity {perplexity}, {test['bits_per_byte']:.3f} bits per byte, "
         f"after {result['tokens']:,} tokens in {result['seconds']:.0f} s of training steps"
     )
-
-
-def _shown(perplexity: float | None) -> str:
-    return "too large" if perplexity is None else f"{perplexity:.2f}"

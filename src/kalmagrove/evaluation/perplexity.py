@@ -102,6 +102,11 @@ def score_tokens(
     return scores_from_nats(nats, tokens=scored, words=words, text_bytes=text_bytes)
 
 
+def describe_perplexity(perplexity: float | None) -> str:
+    """For a person; None is one that no float holds."""
+    return "too large" if perplexity is None else f"{perplexity:.2f}"
+
+
 def describe_optimum(scores: dict[str, Any]) -> list[str]:
     """Lines about the optimum and the recalled answers, for a person; none where the optimum is not known.
 

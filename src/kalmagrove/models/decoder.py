@@ -23,12 +23,13 @@ from kalmagrove.modalities.registry import make_modality
 from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.projections import WRITES, GroveBases, projection_factory
-from kalmagrove.nn.arnold import BlockPooling, MultiResolutionAttention
+from kalmagrove.nn.arnold import MultiResolutionAttention
 from kalmagrove.nn.decoding import DecodingCache, Placement, document_starts, placement
 from kalmagrove.nn.elementwise import weighted_sum
 from kalmagrove.nn.grove import Basis, GroveLinear, composed_weights
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
+from kalmagrove.nn.pooling import BlockPooling
 
 # transformers renamed its cache argument; generate() reorders beams under the name that it knows.
 CACHE_NAME = (

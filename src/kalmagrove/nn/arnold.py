@@ -18,43 +18,11 @@ from torch import Tensor, nn
 
 from kalmagrove.nn.attend import attend, masked_attention
 from kalmagrove.nn.decoding import Placement, placement
-from kalmagrove.nn.elementwise import rms_norm
+from kalmagrove.nn.elementwise import is_by_hand, rms_norm
 from kalmagrove.nn.layers import MakeProjection, RotaryEmbedding, ShortConvolution
 from kalmagrove.nn.memory import GroupMemory
+from kalmagrove.nn.pooling import BlockPooling
 from kalmagrove.nn.resolution import Resolution
-
-
-class BlockPooling(nn.Module):
-    """A key and a value for each finished block: means weighted by what the tokens' keys say, and by their place.
-
-    Each head has a query of its own and a bias for each place in the block; a softmax over the block gives the weights.
-    At the start all are zero, which is the plain mean.
-    """
-
-    def __init__(self, num_heads: int, head_dim: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        # Three axes, as in a depthwise convolution: optimisers for matrices rightly leave them alone.
-        self.query = nn.Parameter(torch.empty(num_heads, 1, head_dim))
-        self.bias = nn.Parameter(torch.empty(num_heads, 1, stride))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The plain mean."""
-        self.query.zero_()
-        self.bias.zero_()
-
-    def forward(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, heads, sequence, head_dim) each to (batch, heads, sequence // stride, head_dim)."""
-        finished = key.shape[-2] // self.stride
-        keys, values = (
-            x[..., : finished * self.stride, :].unflatten(-2, (finished, self.stride)) for x in (key, value)
-        )
-        scores = (keys * self.query.to(key.dtype).unsqueeze(1)).sum(-1) + self.bias.to(key.dtype)
-        # Softmax and sum give float32 under autocast on a GPU; the cache holds what this gives.
-        weights = scores.softmax(dim=-1).to(key.dtype).unsqueeze(-1)
-        return (weights * keys).sum(-2).to(key.dtype), (weights * values).sum(-2).to(value.dtype)
 
 
 class MultiResolutionAttention(nn.Module):
@@ -208,4 +176,6 @@ def _pool_name(group: int, scale: int) -> str:
 
 
 def _to_heads(x: Tensor, head_dim: int) -> Tensor:
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    heads = x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    # Whatever follows passes over them several times.
+    return heads.contiguous() if is_by_hand(heads) else heads

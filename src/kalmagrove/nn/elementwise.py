@@ -202,14 +202,11 @@ class _Rotation(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, forwards: bool) -> Tensor:
-    turned = torch.empty_like(x)
-    sign = 1 if forwards else -1
-    (first, second), (left, right) = x.chunk(2, dim=-1), turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=left)
-    torch.mul(second, cos, out=right)
-    left.addcmul_(second, sin, value=-sign)
-    right.addcmul_(first, sin, value=sign)
-    return turned
+    # Passes over whole rows in their order in memory: over halves of them they take several times as long.
+    x = x.contiguous()
+    first, second = x.chunk(2, dim=-1)
+    signed = torch.cat((-sin, sin) if forwards else (sin, -sin), dim=-1)
+    return (x * torch.cat((cos, cos), dim=-1)).addcmul_(torch.cat((second, first), dim=-1), signed)
 
 
 class _WeightedSum(torch.autograd.Function):
