@@ -106,6 +106,7 @@ def make_model(name: str, parameters: int, runs: list[Record], *, optim: str = "
         "optim_config": {"name": optim, "lr": 0.003},
         "lr_trials": [],
         "lr_scale": 1.0,
+        "auxiliary_scale": 1.0,
         "parameters": {"total": parameters, "embedding": 300, "non_embedding": parameters - 300},
         "flops_per_token": parameters * 6,
         "decode_state_bytes": None,
@@ -152,6 +153,7 @@ def make_results() -> Callable[..., Record]:
             "models": [model("llama", 2000, llama), *rivals, model("ours", 1000, ours)],
             "paired_time": [{"model": "ours", "baseline": "llama", "ratios": list(time_ratios)}],
             "rechecks": [],
+            "auxiliary_trials": [],
             "side_by_side": False,
             "timing_environment": None,
         }

@@ -276,10 +276,35 @@ def test_every_side_is_given_a_better_rate_at_full_length(
     assert run(tmp_path / "demo", packed, conf) == results
 
 
+@pytest.mark.parametrize("options", [{"recheck": True}, {"trials": 2, "trial_tokens": str(10 * 2 * 16)}])
+def test_the_rate_of_embeddings_is_tuned_for_every_side(
+    options: dict[str, Any], packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_module, "MOST_FURTHER_TRIALS", 2)
+    conf = config(seeds="0,3", tune_auxiliary=True, **options)
+    results = run(tmp_path / "demo", packed, conf)
+    assert [own["model"] for own in results["auxiliary_trials"]] == [model["name"] for model in results["models"]]
+    for own, model in zip(results["auxiliary_trials"], results["models"], strict=True):
+        tried = {trial["auxiliary_scale"]: trial["valid_loss"] for trial in own["trials"]}
+        assert {1.0, 0.25} <= set(tried) and len(tried) == 3
+        assert model["auxiliary_scale"] == min(tried, key=lambda factor: tried[factor])
+        assert model["optim_config"]["auxiliary_lr"] == 0.02 * model["auxiliary_scale"]
+        ending = "" if model["auxiliary_scale"] == 1 else f"-auxiliary-x{model['auxiliary_scale']:g}"
+        folders = [Path(seed["folder"]).parts[1] for seed in model["runs"]]
+        assert folders == [f"lr-x{model['lr_scale']:g}{ending}"] * 2
+        assert all(seed["test"] is not None for seed in model["runs"])
+    assert "the rate of embeddings, head and vectors" in (tmp_path / "demo" / "table.md").read_text()
+    assert "on the rate of embeddings" in (tmp_path / "demo" / "report.html").read_text()
+    assert Results.from_dict(results).to_dict() == results
+    monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
+    assert run(tmp_path / "demo", packed, conf) == results
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"recheck": True, "budget": "10m"}, "leave it or the budget out"),
+        ({"tune_auxiliary": True, "budget": "10m"}, "tune_auxiliary takes as long as it takes"),
         ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
         ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
         ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.comparison.config import CompareConfig, Rates
 from kalmagrove.comparison.plan import planned_steps
 from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import UsageError
@@ -35,7 +35,7 @@ def test_trials_are_powers_of_two_around_one(trials: int, scales: list[float]) -
 
 def test_every_side_gets_the_same_data_length_and_seed() -> None:
     config = CompareConfig(data=DataConfig(vocab_size=300), loop=LoopConfig(batch_size=4, context_length=24))
-    ours, theirs = (config.train_config(c, scale=2.0, seed=7, steps=11) for c in config.contestants())
+    ours, theirs = (config.train_config(c, rates=Rates(2.0), seed=7, steps=11) for c in config.contestants())
     assert ours.data == theirs.data and ours.loop == theirs.loop
     assert ours.loop.total_steps == 11 and ours.loop.seed == 7
     assert ours.optim.weight_decay == theirs.optim.weight_decay

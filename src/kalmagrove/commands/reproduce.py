@@ -38,7 +38,7 @@ def make_reproduce_parser() -> ArgumentParser:
         "--scale",
         type=str,
         default="smoke",
-        help="smoke (minutes on two cores), laptop (eight hours on two cores), paper (8 GPUs), or a file like these",
+        help="smoke (minutes on two cores), laptop (ten hours on two cores), paper (8 GPUs), or a file like these",
     )
     parser.add_argument("--data", type=str, default=None, help="the text; left out: the scale's")
     parser.add_argument("--other_text", type=str, default=None, help="a second text, on which Table 1 is scored too")

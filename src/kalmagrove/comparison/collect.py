@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.comparison.config import CompareConfig, Contestant
-from kalmagrove.comparison.runs import run_path
+from kalmagrove.comparison.config import CompareConfig, Contestant, Rates
+from kalmagrove.comparison.runs import chosen_rates, run_path
 from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.comparison.timing import BLOCK, TIMING_WARMUP
 from kalmagrove.data.training_data import TrainingData
@@ -38,7 +38,8 @@ def collect_results(
         data: Its text.
         folder: Its folder.
         plan: ``steps``, and by name of a contestant ``scales`` (the learning-rate factor that was chosen),
-            ``trials`` (the valid losses of all) and ``memory`` (bytes); ``timing`` where steps were timed apart.
+            ``auxiliary_scales`` (that of embeddings, head and vectors), ``trials`` (the valid losses of all) and
+            ``memory`` (bytes); ``timing`` where steps were timed apart.
         command: Repeats the comparison.
         created: ISO date.
         environment: Of the machine.
@@ -73,6 +74,7 @@ def collect_results(
         "seeds": seeds,
         "trials": config.trials,
         "rechecks": plan.get("rechecks", []),
+        "auxiliary_trials": plan.get("auxiliary_trials", []),
         "environment": environment,
         "side_by_side": plan.get("side_by_side", False),
         "timing_environment": plan.get("timing", {}).get("environment"),
@@ -95,17 +97,17 @@ def _model(
     config: CompareConfig, data: TrainingData, folder: Path, contestant: Contestant, plan: dict[str, Any]
 ) -> dict[str, Any]:
     steps, length = int(plan["steps"]), config.loop.context_length
-    scale = float(plan.get("scales", {}).get(contestant.name, 1.0))
-    train_config = config.train_config(contestant, scale=scale, seed=config.seed_list()[0], steps=steps)
+    rates = chosen_rates(plan, contestant)
+    train_config = config.train_config(contestant, rates=rates, seed=config.seed_list()[0], steps=steps)
     options = {**data.model_options(), "max_position_embeddings": length}
     decoder = model_config(contestant.preset, options)
     parameters = count_parameters(build_empty(decoder))
-    runs = [_run(folder, contestant, scale, seed) for seed in config.seed_list()]
+    runs = [_run(folder, contestant, rates, seed) for seed in config.seed_list()]
     is_apart = plan.get("side_by_side", False)
     measured = (
         [_timed_apart(plan, contestant.name)]
         if is_apart
-        else [_step_seconds(folder, contestant, scale, seed) for seed in config.seed_list()]
+        else [_step_seconds(folder, contestant, rates, seed) for seed in config.seed_list()]
     )
     seconds = [block / size for times in measured for size, block in _blocks(times).values()]
     step_seconds = statistics.median(seconds) if seconds else None
@@ -120,7 +122,8 @@ def _model(
         "model_config": _flat(decoder.to_diff_dict()),
         "optim_config": _flat(asdict(train_config.optim)),
         "lr_trials": plan.get("trials", {}).get(contestant.name, []),
-        "lr_scale": scale,
+        "lr_scale": rates.scale,
+        "auxiliary_scale": rates.auxiliary,
         "parameters": {
             "total": parameters.total,
             "embedding": parameters.embedding,
@@ -134,8 +137,8 @@ def _model(
     }
 
 
-def _run(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[str, Any]:
-    path = run_path(folder, contestant, scale, seed)
+def _run(folder: Path, contestant: Contestant, rates: Rates, seed: int) -> dict[str, Any]:
+    path = run_path(folder, contestant, rates, seed)
     run = RunFolder(path)
     result = run.read_result() if path.is_dir() else None
     metrics = run.read_metrics() if path.is_dir() else []
@@ -178,8 +181,8 @@ def _thin(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return records[::-step][::-1]
 
 
-def _step_seconds(folder: Path, contestant: Contestant, scale: float, seed: int) -> dict[int, float]:
-    path = run_path(folder, contestant, scale, seed)
+def _step_seconds(folder: Path, contestant: Contestant, rates: Rates, seed: int) -> dict[int, float]:
+    path = run_path(folder, contestant, rates, seed)
     metrics = RunFolder(path).read_metrics() if path.is_dir() else []
     return {m["step"]: m["step_seconds"] for m in metrics if "step_seconds" in m and m["step"] > TIMING_WARMUP}
 
@@ -223,18 +226,16 @@ def _ratios(
         own, theirs = (_blocks(_timed_apart(plan, name)) for name in (contestant.name, baseline))
         return [own[index][1] / theirs[index][1] for index in sorted(own.keys() & theirs.keys())]
     pair = (contestant, next(c for c in config.contestants() if c.name == baseline))
-    scales = [float(plan.get("scales", {}).get(c.name, 1.0)) for c in pair]
+    rates = [chosen_rates(plan, c) for c in pair]
     chosen = {recheck["model"]: float(recheck["chosen_before"]) for recheck in plan.get("rechecks", [])}
-    first = [chosen.get(c.name, scale) for c, scale in zip(pair, scales, strict=True)]
+    first = [Rates(chosen.get(c.name, own.scale)) for c, own in zip(pair, rates, strict=True)]
     trials_are_runs = config.trials > 1 and config.trial_steps(int(plan["steps"])) == int(plan["steps"])
     ratios: list[float] = []
     for seed in config.seed_list():
         is_first = seed == config.seed_list()[0]
         if is_first and trials_are_runs and first[0] != first[1]:
             continue
-        both = [
-            _step_seconds(folder, c, scale, seed) for c, scale in zip(pair, first if is_first else scales, strict=True)
-        ]
+        both = [_step_seconds(folder, c, own, seed) for c, own in zip(pair, first if is_first else rates, strict=True)]
         common = both[0].keys() & both[1].keys()
         ours, reference = (_blocks({step: times[step] for step in common}) for times in both)
         ratios += [ours[index][1] / reference[index][1] for index in sorted(ours)]

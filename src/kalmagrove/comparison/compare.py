@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from kalmagrove.comparison.collect import collect_results
-from kalmagrove.comparison.config import CompareConfig, Contestant, check_workers
+from kalmagrove.comparison.config import CompareConfig, Contestant, Rates, check_workers
 from kalmagrove.comparison.in_turns import train_in_turns
 from kalmagrove.comparison.memory import measure_training_memory
 from kalmagrove.comparison.plan import planned_steps
-from kalmagrove.comparison.runs import PlannedRun, Say, known_loss, run_path
+from kalmagrove.comparison.runs import PlannedRun, Say, chosen_rates, known_loss, run_path
 from kalmagrove.comparison.side_by_side import train_side_by_side
 from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
@@ -150,19 +150,21 @@ class _Comparison:
         """Trials, in each round one of each contestant that has a factor."""
         seed = self.config.seed_list()[0]
         steps = self.config.trial_steps(self._steps)
-        groups = [self._runs(scales, seed, steps=steps) for scales in rounds]
+        groups = [self._runs(_all_rates(scales), seed, steps=steps) for scales in rounds]
         for group in self._at_a_time(groups):
-            shown = ", ".join(f"x{scale:g}" for scale in sorted({run.scale for run in group}))
+            shown = ", ".join(f"x{scale:g}" for scale in sorted({run.rates.scale for run in group}))
             found = self._train(group, f"learning rate {shown}")
             for run, loss in zip(group, found, strict=True):
-                losses[run.name].append({"lr_scale": run.scale, "valid_loss": loss})
+                losses[run.name].append({"lr_scale": run.rates.scale, "valid_loss": loss})
 
     def train_finally(self) -> None:
         """Every contestant on every seed; the test split is read here, once a run."""
         if self.config.recheck and "rechecks" not in self.plan.values:
             self._recheck()
-        seeds, scales = self.config.seed_list(), self.plan.values["scales"]
-        groups = [self._runs(scales, seed, steps=self._steps, is_final=True) for seed in seeds]
+        if self.config.tune_auxiliary and "auxiliary_scales" not in self.plan.values:
+            self._tune_auxiliary()
+        seeds = self.config.seed_list()
+        groups = [self._runs(self._chosen(), seed, steps=self._steps, is_final=True) for seed in seeds]
         for number, group in enumerate(self._at_a_time(groups), 1):
             several = self.workers == 1 and len(seeds) > 1
             description = f"seed {number} of {len(seeds)}" if several else "training"
@@ -175,16 +177,7 @@ class _Comparison:
         Trials may have been shorter, and the longer a training, the lower its best rate.
         """
         chosen = {name: float(scale) for name, scale in self.plan.values["scales"].items()}
-        losses: dict[str, dict[float, float]] = {name: {} for name in chosen}
-        beside = chosen
-        # One more for the rates that were chosen.
-        for _ in range(MOST_FURTHER_TRIALS + 1):
-            runs = self._runs(beside, self.config.seed_list()[0], steps=self._steps)
-            for run, loss in zip(runs, self._train(runs, "rates at full length"), strict=True):
-                losses[run.name][run.scale] = loss
-            beside = {name: scale for name, tried in losses.items() if (scale := _untried_neighbour(tried)) is not None}
-            if not beside:
-                break
+        losses = self._settle(chosen, 2.0, _all_rates, steps=self._steps, description="rates at full length")
         best = {name: _best_rate(tried) for name, tried in losses.items()}
         for name in (name for name in best if best[name] != chosen[name]):
             self.say(f"{name}: x{best[name]:g} of its learning rate is better at full length than x{chosen[name]:g}")
@@ -198,6 +191,54 @@ class _Comparison:
         ]
         self.plan.update(rechecks=rechecks, scales=best)
 
+    def _tune_auxiliary(self) -> None:
+        """Every contestant beside the rate of its embeddings, head and vectors, as long as its last trials were."""
+        chosen = self._chosen()
+        steps = self._steps if self.config.recheck else self.config.trial_steps(self._steps)
+        losses = self._settle(
+            dict.fromkeys(chosen, 1.0),
+            4.0,
+            lambda factors: {name: Rates(chosen[name].scale, factor) for name, factor in factors.items()},
+            steps=steps,
+            description="rates of embeddings",
+        )
+        trials = [
+            {
+                "model": name,
+                "trials": [{"auxiliary_scale": factor, "valid_loss": loss} for factor, loss in tried.items()],
+            }
+            for name, tried in losses.items()
+        ]
+        best = {name: _best_rate(tried) for name, tried in losses.items()}
+        self.plan.update(auxiliary_trials=trials, auxiliary_scales=best)
+
+    def _settle(
+        self,
+        start: Mapping[str, float],
+        step: float,
+        rates_of: Callable[[Mapping[str, float]], dict[str, Rates]],
+        *,
+        steps: int,
+        description: str,
+    ) -> dict[str, dict[float, float]]:
+        """Losses of every contestant at its factor and beside it, until the best lies inside or there were enough."""
+        losses: dict[str, dict[float, float]] = {name: {} for name in start}
+        beside = dict(start)
+        # One more for the start.
+        for _ in range(MOST_FURTHER_TRIALS + 1):
+            runs = self._runs(rates_of(beside), self.config.seed_list()[0], steps=steps)
+            for run, loss in zip(runs, self._train(runs, description), strict=True):
+                losses[run.name][beside[run.name]] = loss
+            beside = {
+                n: factor for n, tried in losses.items() if (factor := _untried_neighbour(tried, step)) is not None
+            }
+            if not beside:
+                break
+        return losses
+
+    def _chosen(self) -> dict[str, Rates]:
+        return {contestant.name: chosen_rates(self.plan.values, contestant) for contestant in self.config.contestants()}
+
     def _at_a_time(self, groups: Sequence[list[PlannedRun]]) -> list[list[PlannedRun]]:
         """Groups that take turns are trained one after the other, and workers get all at once."""
         return list(groups) if self.workers == 1 else [list(chain.from_iterable(groups))]
@@ -206,17 +247,17 @@ class _Comparison:
     def _steps(self) -> int:
         return int(self.plan.values["steps"])
 
-    def _runs(self, scales: Mapping[str, float], seed: int, *, steps: int, is_final: bool = False) -> list[PlannedRun]:
-        """A run of each contestant that has a factor."""
+    def _runs(self, rates: Mapping[str, Rates], seed: int, *, steps: int, is_final: bool = False) -> list[PlannedRun]:
+        """A run of each contestant that has rates."""
         is_short = steps < self._steps
 
         def path(contestant: Contestant) -> Path:
-            return run_path(self.folder, contestant, scales[contestant.name], seed, short_trial=is_short)
+            return run_path(self.folder, contestant, rates[contestant.name], seed, short_trial=is_short)
 
         return [
-            PlannedRun(contestant, scales[contestant.name], seed, steps, path(contestant), is_final)
+            PlannedRun(contestant, rates[contestant.name], seed, steps, path(contestant), is_final)
             for contestant in self.config.contestants()
-            if contestant.name in scales
+            if contestant.name in rates
         ]
 
     def _train(self, runs: Sequence[PlannedRun], description: str, *, describe: bool = False) -> list[float]:
@@ -257,8 +298,8 @@ class _Comparison:
         self.say("measuring the time of steps, which take turns now")
         # The other processes would be what it is disturbed by.
         first = self.plan.world.is_first
-        scales, steps = self.plan.values["scales"], self._steps
-        self.plan.update(timing=time_in_turns(self.config, self.data, scales, steps=steps) if first else {})
+        timing = time_in_turns(self.config, self.data, self._chosen(), steps=self._steps) if first else {}
+        self.plan.update(timing=timing)
 
     def measure_memory(self) -> None:
         """Peak memory of training each model."""
@@ -269,7 +310,7 @@ class _Comparison:
         self.say("measuring peak memory, each model in a process of its own")
 
         def measured(contestant: Contestant) -> int | None:
-            train_config = config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=self._steps)
+            train_config = config.train_config(contestant, seed=config.seed_list()[0], steps=self._steps)
             return measure_training_memory(train_config, self.data.folder)
 
         # One process measures what one process needs; with more of them it is an upper bound.
@@ -300,10 +341,14 @@ def _best_rate(losses: Mapping[float, float]) -> float:
     return min(losses, key=lambda scale: (losses[scale], scale))
 
 
-def _untried_neighbour(losses: Mapping[float, float]) -> float | None:
-    """Half or double the best rate so far, the lower first: where it is better, the other one need not be tried."""
+def _untried_neighbour(losses: Mapping[float, float], step: float) -> float | None:
+    """Beside the best factor so far, the lower one first: where it is better, the other one need not be tried."""
     best = _best_rate(losses)
-    return next((scale for scale in (best / 2, best * 2) if scale not in losses), None)
+    return next((factor for factor in (best / step, best * step) if factor not in losses), None)
+
+
+def _all_rates(scales: Mapping[str, float]) -> dict[str, Rates]:
+    return {name: Rates(scale) for name, scale in scales.items()}
 
 
 def _rank_of_trial(trial: Mapping[str, Any]) -> float:

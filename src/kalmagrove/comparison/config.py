@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from kalmagrove.errors import UsageError
 from kalmagrove.models.presets import FAMILIES, SIZES, split_preset
@@ -44,6 +44,21 @@ class Contestant:
         return split_preset(self.preset)[0]
 
 
+class Rates(NamedTuple):
+    """Factors on the usual learning rates.
+
+    Attributes:
+        scale: On all of them.
+        auxiliary: On that of embeddings, head and vectors besides.
+    """
+
+    scale: float = 1.0
+    auxiliary: float = 1.0
+
+
+USUAL_RATES = Rates()
+
+
 @dataclass(frozen=True)
 class CompareConfig:
     """A fair comparison: the same tokens in the same order, the same number of trials for every side.
@@ -61,6 +76,8 @@ class CompareConfig:
         trial_tokens: Training tokens of a trial, whose schedule is as long; left out: those of the final runs.
         recheck: Whether every side is trained beside its rate too, with the first seed and as long as the final runs:
             at half of it, and at double where half is not better, until the best lies inside, at most four more.
+        tune_auxiliary: Whether the rate of embeddings, head and vectors is tuned too, once the other is chosen: at a
+            quarter of it, and at four times where a quarter is not better, until the best lies inside.
         budget: Size the run by time instead of by loop.tokens, e.g. 10m for everything together.
         loop: Length and portions; its seed is replaced by each of the seeds.
         weight_decay: Of every side.
@@ -75,6 +92,7 @@ class CompareConfig:
     trials: int = 1
     trial_tokens: int | str | None = None
     recheck: bool = False
+    tune_auxiliary: bool = False
     budget: str | None = None
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(log_every=1))
     weight_decay: float = 0.1
@@ -89,6 +107,8 @@ class CompareConfig:
             parse_duration(self.budget)
             if self.recheck:
                 raise UsageError("recheck takes as long as it takes; leave it or the budget out")
+            if self.tune_auxiliary:
+                raise UsageError("tune_auxiliary takes as long as it takes; leave it or the budget out")
         self.contestants()
         self.seed_list()
 
@@ -156,13 +176,17 @@ class CompareConfig:
         """Factors on the learning rates that are tried: powers of two around one."""
         return trial_scales(self.trials)
 
-    def train_config(self, contestant: Contestant, *, scale: float, seed: int, steps: int) -> TrainConfig:
+    def train_config(self, contestant: Contestant, *, rates: Rates = USUAL_RATES, seed: int, steps: int) -> TrainConfig:
         """The training run of one contestant."""
         return TrainConfig(
             data=self.data,
             model=ModelConfig(preset=contestant.preset),
             optim=OptimConfig(
-                name=contestant.optim, lr_scale=scale, weight_decay=self.weight_decay, warmup=self.warmup
+                name=contestant.optim,
+                lr_scale=rates.scale,
+                auxiliary_lr=rates.auxiliary * OptimConfig.auxiliary_lr,
+                weight_decay=self.weight_decay,
+                warmup=self.warmup,
             ),
             # Paired times need every step.
             loop=replace(self.loop, seed=seed, tokens=steps * self.loop.tokens_per_step, log_every=1),

@@ -29,7 +29,7 @@ def planned_steps(
     if config.budget is None:
         steps = config.loop.total_steps
         for contestant in config.contestants():
-            train_config = config.train_config(contestant, scale=1.0, seed=config.seed_list()[0], steps=steps)
+            train_config = config.train_config(contestant, seed=config.seed_list()[0], steps=steps)
             TrainingRun(train_config, data, world).loss.close()
         return steps
     say("measuring the speed of a few steps")
@@ -48,7 +48,7 @@ def seconds_per_round(config: CompareConfig, data: TrainingData, world: World = 
     seed = config.seed_list()[0]
     steps = WARMUP_STEPS + MEASURED_STEPS
     runs = [
-        TrainingRun(config.train_config(contestant, scale=1.0, seed=seed, steps=steps), data, world)
+        TrainingRun(config.train_config(contestant, seed=seed, steps=steps), data, world)
         for contestant in config.contestants()
     ]
     rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kalmagrove.comparison.config import CompareConfig, Contestant
+from kalmagrove.comparison.config import CompareConfig, Contestant, Rates
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.training.run_folder import RunFolder, valid_loss_of
 from kalmagrove.training.session import TrainingSession
@@ -23,7 +24,7 @@ class PlannedRun:
 
     Attributes:
         contestant: Model and optimiser.
-        scale: Factor on the learning rates.
+        rates: Factors on the learning rates.
         seed: Of weights and batches.
         steps: Its length.
         path: Its run folder.
@@ -31,7 +32,7 @@ class PlannedRun:
     """
 
     contestant: Contestant
-    scale: float
+    rates: Rates
     seed: int
     steps: int
     path: Path
@@ -43,9 +44,18 @@ class PlannedRun:
         return self.contestant.name
 
 
-def run_path(folder: Path, contestant: Contestant, scale: float, seed: int, *, short_trial: bool = False) -> Path:
+def run_path(folder: Path, contestant: Contestant, rates: Rates, seed: int, *, short_trial: bool = False) -> Path:
     """Where a run of a comparison lives; a trial that is as long as the final runs may become one of them."""
-    return folder / contestant.name / f"{'trial-' if short_trial else ''}lr-x{scale:g}" / f"seed-{seed}"
+    name = f"{'trial-' if short_trial else ''}lr-x{rates.scale:g}"
+    if rates.auxiliary != 1:
+        name += f"-auxiliary-x{rates.auxiliary:g}"
+    return folder / contestant.name / name / f"seed-{seed}"
+
+
+def chosen_rates(plan: Mapping[str, Any], contestant: Contestant) -> Rates:
+    """What a comparison's ``plan.json`` has decided for a contestant; the usual rates where it has not."""
+    factors = (plan.get(name, {}).get(contestant.name, 1.0) for name in ("scales", "auxiliary_scales"))
+    return Rates(*map(float, factors))
 
 
 def open_session(
@@ -56,7 +66,7 @@ def open_session(
     Raises:
         KalmaGroveError: The folder is of another run, or in use.
     """
-    train_config = config.train_config(run.contestant, scale=run.scale, seed=run.seed, steps=run.steps)
+    train_config = config.train_config(run.contestant, rates=run.rates, seed=run.seed, steps=run.steps)
     return TrainingSession(train_config, data, run.path, world=world, warn=lambda line: say(f"passed over {line}"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kalmagrove.comparison.config import CompareConfig
+from kalmagrove.comparison.config import CompareConfig, Rates
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
@@ -18,14 +18,14 @@ TIMED_STEPS = 100
 
 
 def time_in_turns(
-    config: CompareConfig, data: TrainingData, scales: Mapping[str, float], *, steps: int
+    config: CompareConfig, data: TrainingData, rates: Mapping[str, Rates], *, steps: int
 ) -> dict[str, Any]:
     """Trains every contestant anew for some steps that alternate in this process, with nothing beside them.
 
     Args:
         config: The comparison.
         data: Its data.
-        scales: Factors on the learning rates by contestant.
+        rates: Factors on the learning rates by contestant.
         steps: Of the comparison's runs, whose first ones are done again.
 
     Returns:
@@ -39,7 +39,7 @@ def time_in_turns(
     runs = {
         contestant.name: TrainingRun(
             config.train_config(
-                contestant, scale=scales[contestant.name], seed=config.seed_list()[0], steps=max(steps, timed)
+                contestant, rates=rates[contestant.name], seed=config.seed_list()[0], steps=max(steps, timed)
             ),
             data,
         )

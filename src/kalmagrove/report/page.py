@@ -79,6 +79,7 @@ def render_page(results: Results) -> str:
         has_valid_curve=any(run.valid_curve.tokens for model in results.models for run in model.runs),
         differences=differences(results.models),
         tried_rates=tried_rates(results),
+        tried_auxiliary_rates=tried_auxiliary_rates(results),
         environment=describe_environment(results.environment),
         tokens_a_parameter=tokens_a_parameter(results),
     )
@@ -97,9 +98,22 @@ def differences(models: tuple[Model, ...]) -> list[Difference]:
 def tried_rates(results: Results) -> list[TriedRate]:
     """One row for each factor that any model tried, at full length where that was done; empty if nothing was tuned."""
     tried = {model.name: {t.lr_scale: t.valid_loss for t in results.rates_tried(model)} for model in results.models}
+    return _rows_of_trials(tried, {model.name: model.lr_scale for model in results.models})
+
+
+def tried_auxiliary_rates(results: Results) -> list[TriedRate]:
+    """The same of the rate of embeddings, head and vectors."""
+    if not results.auxiliary_trials:
+        return []
+    tried = {of.model: {t.auxiliary_scale: t.valid_loss for t in of.trials} for of in results.auxiliary_trials}
+    kept = {model.name: model.auxiliary_scale for model in results.models}
+    return _rows_of_trials({name: tried.get(name, {}) for name in kept}, kept)
+
+
+def _rows_of_trials(tried: Mapping[str, Mapping[float, float | None]], kept: Mapping[str, float]) -> list[TriedRate]:
     rows = []
     for scale in sorted({scale for losses in tried.values() for scale in losses}):
-        chosen = tuple(bool(tried[model.name]) and model.lr_scale == scale for model in results.models)
+        chosen = tuple(bool(losses) and kept[name] == scale for name, losses in tried.items())
         rows.append(TriedRate(f"{scale:g}", tuple(_tried(losses, scale) for losses in tried.values()), chosen))
     return rows
 

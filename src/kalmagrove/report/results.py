@@ -125,6 +125,22 @@ class Recheck:
 
 
 @dataclass(frozen=True)
+class AuxiliaryTrial:
+    """One tried factor on the rate of embeddings, head and vectors; the loss is None where the trial diverged."""
+
+    auxiliary_scale: float
+    valid_loss: float | None
+
+
+@dataclass(frozen=True)
+class AuxiliaryTrials:
+    """All such factors of a model."""
+
+    model: str
+    trials: tuple[AuxiliaryTrial, ...]
+
+
+@dataclass(frozen=True)
 class Model:
     """One contestant: its configuration, its costs and its runs.
 
@@ -149,6 +165,7 @@ class Model:
     step_seconds: float | None
     peak_memory_bytes: int | None
     runs: tuple[Run, ...]
+    auxiliary_scale: float = 1.0
 
     def by_seed(self, split: Split, metric: Metric) -> dict[int, float]:
         """The values of one metric by seed, from the runs that have one that can be reckoned with."""
@@ -225,6 +242,7 @@ class Results:
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
         rechecks: Of the models' learning rates at full length; none where none was asked for.
+        auxiliary_trials: Of the rates of embeddings, head and vectors; none where they were not tuned.
         side_by_side: Whether runs were trained by several workers at a time, so that steps had to be timed apart.
         timing_environment: Machine on which that was done; None until it is.
     """
@@ -243,6 +261,7 @@ class Results:
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
     rechecks: tuple[Recheck, ...] = ()
+    auxiliary_trials: tuple[AuxiliaryTrials, ...] = ()
     side_by_side: bool = False
     timing_environment: Environment | None = None
 

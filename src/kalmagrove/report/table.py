@@ -294,6 +294,9 @@ def _tuning(results: Results) -> str:
             if (scale := results.model(recheck.model).lr_scale) != recheck.chosen_before
         ]
         how.append(f"the rates beside the best at full length ({', '.join(moved) or 'none moved'})")
+    if results.auxiliary_trials:
+        own = [f"{m.name} x{m.auxiliary_scale:g}" for m in results.models if m.auxiliary_scale != 1]
+        how.append(f"the rate of embeddings, head and vectors, a factor 4 apart ({', '.join(own) or 'x1 for all'})")
     return "learning rates tuned on the validation split: " + ", then ".join(how)
 
 

@@ -52,7 +52,10 @@ def _comparison_cost(name: str, config: CompareConfig) -> StudyCost:
     repeated = 1 if trials and config.trial_steps(steps) == steps else 0
     # Beside the best rate, at full length.
     rechecked = 2 if config.recheck and not repeated else 0
-    longest = finals - repeated + rechecked
+    # Two beside the usual rate of embeddings, as long as the last trials were.
+    auxiliary = 2 if config.tune_auxiliary else 0
+    longest = finals - repeated + rechecked + (auxiliary if config.recheck else 0)
+    trials += 0 if config.recheck else auxiliary
     of_a_model = (longest * steps + trials * config.trial_steps(steps)) * config.loop.tokens_per_step
     runs = tokens = 0
     flops = 0.0
