@@ -274,6 +274,11 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     monkeypatch.setattr(TrainingRun, "train_step", lambda self: pytest.fail("trained again"))
     assert main([*words[:3], "--data", str(tmp_path), *words[5:]]) == 2
     assert "give another --out" in capsys.readouterr().err
+    scored = tmp_path / "out" / "base" / "other_text.json"
+    scored.write_text(scored.read_text().replace("/lr-x", "/lr-of-a-rate-before-x"))
+    before = json.loads(scored.read_text())
+    before["scores"]["kalmagrove-nano"]["0"]["word_perplexity"] = 1.0
+    scored.write_text(json.dumps(before))
     assert main(words) == 0
     assert (tmp_path / "out" / "claims.md").read_text() == page
     kept = tmp_path / "kept"

@@ -119,7 +119,9 @@ def _score_other_text(source: str, folder: Path, results: Results, say: Say) -> 
     for model in results.models:
         of_model = scores.setdefault(model.name, {})
         for run in model.runs:
-            if run.finished and str(run.seed) not in of_model:
-                of_model[str(run.seed)] = score_text(str(folder / run.folder), source).to_dict()
+            # A seed that was trained again at another rate is another run.
+            if run.finished and of_model.get(str(run.seed), {}).get("run") != run.folder:
+                score = score_text(str(folder / run.folder), source).to_dict()
+                of_model[str(run.seed)] = score | {"run": run.folder}
                 write_json_atomic(folder / OTHER_TEXT, {"source": source, "scores": scores})
                 say(f"{model.name}, seed {run.seed}: scored on {source}")
