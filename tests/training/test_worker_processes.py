@@ -1,9 +1,11 @@
 """Processes with runs of their own: what they send is heard, and no end of one goes unnoticed."""
 
+import inspect
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,6 +39,25 @@ def fail(place: int, send: Send, kind: str) -> None:
     if place == 1 and kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     chatter(place, send)
+
+
+def hold_the_queue(place: int, send: Send, other_works: Path) -> None:
+    """The first is killed in the middle of a message, as far as the others can see."""
+    if place == 0:
+        while not other_works.exists():
+            time.sleep(0.01)
+        inspect.getclosurevars(send).nonlocals["messages"]._wlock.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    with StopRequest() as stop:
+        other_works.touch()
+        while stop.number is None:
+            send("number", place)
+            time.sleep(0.01)
+
+
+def test_a_worker_that_dies_while_it_sends_does_not_hold_the_others(tmp_path: Path) -> None:
+    with pytest.raises(KalmaGroveError, match="killed by signal 9"):
+        run_workers(hold_the_queue, (tmp_path / "works",), workers=2, heard={"number": lambda _: None})
 
 
 def test_everything_that_workers_send_is_heard() -> None:

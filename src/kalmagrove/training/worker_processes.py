@@ -69,8 +69,10 @@ def run_workers(
     """
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
+    over = context.Event()
     processes = [
-        context.Process(target=_worker, args=(work, place, workers, messages, arguments)) for place in range(workers)
+        context.Process(target=_worker, args=(work, place, workers, messages, over, arguments))
+        for place in range(workers)
     ]
     with StopRequest() as stop:
         try:
@@ -78,6 +80,7 @@ def run_workers(
                 process.start()
             failure = _wait(processes, messages, heard, looked, stop)
         finally:
+            over.set()
             _end(processes)
     if stop.number is not None:
         raise Interrupted(stop.number, "stopped and saved every run; the same command goes on from there")
@@ -138,12 +141,17 @@ def _end(processes: list[Any]) -> None:
         process.join()
 
 
-def _worker(work: Work, place: int, workers: int, messages: Any, arguments: Sequence[Any]) -> None:
+def _worker(work: Work, place: int, workers: int, messages: Any, over: Any, arguments: Sequence[Any]) -> None:
     keep_freed_memory()
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     Thread(target=_end_without_parent, args=(messages,), daemon=True).start()
-    with _told(messages):
-        work(place, lambda kind, content: messages.put((kind, content)), *arguments)
+    try:
+        with _told(messages):
+            work(place, lambda kind, content: messages.put((kind, content)), *arguments)
+    finally:
+        if over.is_set():
+            # Nobody hears what is left, and a worker that was killed while it sent may hold the queue for ever.
+            messages.cancel_join_thread()
 
 
 def _end_without_parent(messages: Any) -> None:
