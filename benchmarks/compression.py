@@ -86,9 +86,12 @@ def read_texts(options: argparse.Namespace, vocab_size: int) -> tuple[Calibratio
     common = {"context_length": options.context_length, "vocab_size": vocab_size}
     halves = [
         read_calibration_text(
-            str(path.with_name("train.txt.xz")), options.source, tokens=options.calibration_tokens // 2, **common
+            str(options.texts / name / "train.txt.xz"),
+            options.source,
+            tokens=options.calibration_tokens // 2,
+            **common,
         )
-        for path in (options.texts / name / "test.txt.xz" for name in CALIBRATED)
+        for name in CALIBRATED
     ]
     tests = {}
     for name in TEXTS:

@@ -61,8 +61,7 @@ class _BlockMeans(torch.autograd.Function):
         wide_keys, wide_values, wide_query = keys.to(wide), values.to(wide), query.to(wide).unsqueeze(1)
         weights = ((wide_keys * wide_query).sum(-1) + bias.to(wide)).softmax(dim=-1)
         ctx.save_for_backward(keys, values, query, bias, weights)
-        means = ((weights.unsqueeze(-1) * x).sum(-2) for x in (wide_keys, wide_values))
-        key_mean, value_mean = means
+        key_mean, value_mean = ((weights.unsqueeze(-1) * x).sum(-2) for x in (wide_keys, wide_values))
         return key_mean.to(keys.dtype), value_mean.to(values.dtype)
 
     @staticmethod

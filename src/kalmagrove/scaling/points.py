@@ -72,15 +72,15 @@ def read_points(*paths: Path) -> PointTable:
     """
     points: list[Point] = []
     left_out: list[str] = []
-    for path in paths:
-        table = table_path(path)
+    tables = [table_path(path) for path in paths]
+    for table in tables:
         for number, point in enumerate(_points(table), start=1):
             reason = _reason_against(point)
             if reason is None:
                 points.append(point)
             else:
-                left_out.append(f"row {number}{f' of {table}' if len(paths) > 1 else ''}: {reason}")
-    names = " and ".join(str(table_path(path)) for path in paths)
+                left_out.append(f"row {number}{f' of {table}' if len(tables) > 1 else ''}: {reason}")
+    names = " and ".join(map(str, tables))
     vocabularies = sorted({point.vocabulary for point in points})
     if len(vocabularies) > 1:
         raise KalmaGroveError(
