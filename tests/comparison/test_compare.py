@@ -305,6 +305,7 @@ def test_the_rate_of_embeddings_is_tuned_for_every_side(
     [
         ({"recheck": True, "budget": "10m"}, "leave it or the budget out"),
         ({"tune_auxiliary": True, "budget": "10m"}, "tune_auxiliary takes as long as it takes"),
+        ({"tune_auxiliary": True}, "give trials or recheck too"),
         ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
         ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
         ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),

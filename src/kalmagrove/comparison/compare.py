@@ -229,9 +229,8 @@ class _Comparison:
             runs = self._runs(rates_of(beside), self.config.seed_list()[0], steps=steps)
             for run, loss in zip(runs, self._train(runs, description), strict=True):
                 losses[run.name][beside[run.name]] = loss
-            beside = {
-                n: factor for n, tried in losses.items() if (factor := _untried_neighbour(tried, step)) is not None
-            }
+            neighbours = {name: _untried_neighbour(tried, step) for name, tried in losses.items()}
+            beside = {name: factor for name, factor in neighbours.items() if factor is not None}
             if not beside:
                 break
         return losses

@@ -103,6 +103,8 @@ class CompareConfig:
             raise UsageError(f"trials must be at least 1, got {self.trials}")
         if self.trial_tokens is not None:
             self._check_trial_tokens(self.trial_tokens)
+        if self.tune_auxiliary and self.trials == 1 and not self.recheck and self.budget is None:
+            raise UsageError("tune_auxiliary comes after the rate that is common to all; give trials or recheck too")
         if self.budget is not None:
             parse_duration(self.budget)
             if self.recheck:
