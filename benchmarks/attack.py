@@ -5,10 +5,11 @@
     python benchmarks/attack.py --texts ../texts --page docs/results/attack.md
 
 Each setting trains llama with AdamW, and llama-plus, slim and kalmagrove with Kalma; the learning rate of each is tuned
-on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge. --texts is a folder with one
-for each text (textbooks, technical, biomedical, shakespeare); a text that is not there is passed over by name. A run
-leaves one JSON file under --out, named by its text and all of its options, and is not repeated. All of it takes about
-four hours on two slow cores.
+on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge, and then the rate of its
+embeddings, head and vectors alone, a factor of four apart. --texts is a folder with one for each text (textbooks,
+technical, biomedical, shakespeare); a text that is not there is passed over by name. A run leaves one JSON file under
+--out, named by its text and all of its options, and is not repeated. All of it takes about three hours on two slow
+cores with --size pico, and more with the default.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import hashlib
 import json
 import math
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 
 from kalmagrove.commands.parsing import open_data
+from kalmagrove.comparison.config import Rates
 from kalmagrove.data.packing import PackedText, open_packed
 from kalmagrove.files import write_text_atomic
 from kalmagrove.models.accounting import count_parameters
@@ -51,6 +54,7 @@ Record = dict[str, Any]
 MODELS = {"llama": "adamw", "llama-plus": "kalma", "slim": "kalma", "kalmagrove": "kalma"}
 RIVALS = ("llama", "llama-plus", "slim")
 FIRST_RATES = (1.0, 2.0, 4.0)
+FIRST_AUXILIARY_RATES = (0.25, 1.0, 4.0)
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
 """The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
 
@@ -109,7 +113,7 @@ class Job:
 
     setting: Setting
     model: str
-    lr_scale: float
+    rates: Rates
     seed: int
     size: str
     data_folder: Path
@@ -127,7 +131,7 @@ class Job:
         options = json.dumps([plain_options(train_config(self)), self.averages_tail], sort_keys=True)
         digest = hashlib.sha256(options.encode()).hexdigest()[:8]
         folder = self.out / self.size / self.fingerprint[:8]
-        return folder / f"{self.model}-x{self.lr_scale:g}-seed{self.seed + self.setting.seed_shift}-{digest}.json"
+        return folder / f"{self.model}-x{self.rates.scale:g}-seed{self.seed + self.setting.seed_shift}-{digest}.json"
 
 
 def train_config(job: Job) -> TrainConfig:
@@ -137,7 +141,8 @@ def train_config(job: Job) -> TrainConfig:
         model=ModelConfig(preset=f"{job.model}-{job.size}", **(setting.shape if is_baseline else {})),
         optim=OptimConfig(
             name=MODELS[job.model],  # type: ignore[arg-type]
-            lr_scale=job.lr_scale,
+            lr_scale=job.rates.scale,
+            auxiliary_lr=job.rates.auxiliary * OptimConfig.auxiliary_lr,
             **(setting.baseline if is_baseline else {}),
         ),
         loop=LoopConfig(
@@ -166,7 +171,8 @@ def train(job: Job) -> Record:
     return {
         "setting": job.setting.name,
         "model": job.model,
-        "lr_scale": job.lr_scale,
+        "lr_scale": job.rates.scale,
+        "auxiliary_scale": job.rates.auxiliary,
         "seed": job.seed,
         "parameters": count_parameters(run.model).total,
         **{split: None if diverged else score_split(run, split).to_dict() for split in ("valid", "test")},
@@ -183,12 +189,25 @@ def run_job(job: Job) -> Record:
 def describe(record: Record) -> str:
     """One line of progress."""
     loss = "diverged" if record["valid"] is None else f"valid {record['valid']['loss']:.4f}"
-    return f"{record['setting']}: {record['model']} x{record['lr_scale']:g} seed {record['seed']}: {loss}"
+    rates = Rates(record["lr_scale"], record["auxiliary_scale"])
+    return f"{record['setting']}: {record['model']} {shown_rates(rates)} seed {record['seed']}: {loss}"
 
 
-def trial(base: Job, model: str, lr_scale: float) -> Job:
-    """A run of a model at a learning rate."""
-    return replace(base, model=model, lr_scale=lr_scale)
+def tuned_rates(run_all: Callable[[list[Job]], list[Record]], base: Job) -> dict[str, Rates]:
+    """The best rates of each model in a setting: of all together first, then of embeddings, head and vectors alone."""
+
+    def trial(model: str, scale: float, auxiliary: float = 1.0) -> Job:
+        return replace(base, model=model, rates=Rates(scale, auxiliary))
+
+    scales = tune(run_all, {model: partial(trial, model) for model in MODELS}, valid_loss, FIRST_RATES)
+    trials = {model: partial(trial, model, scale) for model, scale in scales.items()}
+    auxiliary = tune(run_all, trials, valid_loss, FIRST_AUXILIARY_RATES)
+    return {model: Rates(scales[model], auxiliary[model]) for model in MODELS}
+
+
+def shown_rates(rates: Rates) -> str:
+    """For a person: the second factor only where it is one."""
+    return f"x{rates.scale:g}" + (f" (embeddings x{rates.auxiliary:g})" if rates.auxiliary != 1 else "")
 
 
 def valid_loss(record: Record) -> float:
@@ -196,7 +215,7 @@ def valid_loss(record: Record) -> float:
     return math.inf if record["valid"] is None else float(record["valid"]["loss"])
 
 
-def row(setting: Setting, rates: dict[str, float], records: list[Record]) -> str:
+def row(setting: Setting, rates: dict[str, Rates], records: list[Record]) -> str:
     """A line of the table."""
     own = {model: [record for record in records if record["model"] == model] for model in MODELS}
     scores = {
@@ -204,7 +223,7 @@ def row(setting: Setting, rates: dict[str, float], records: list[Record]) -> str
         for model, found in own.items()
     }
     ratios = [shown(ratio_interval(scores["kalmagrove"], scores[rival])) for rival in RIVALS]
-    chosen = ", ".join(f"x{rates[model]:g}" for model in MODELS)
+    chosen = ", ".join(shown_rates(rates[model]) for model in MODELS)
     lost = {model: len(found) - len(scores[model]) for model, found in own.items()}
     lost_text = "".join(f" ({count} of {model} diverged)" for model, count in lost.items() if count)
     mean = mean_interval(list(scores["llama"].values())).mean if scores["llama"] else math.inf
@@ -225,10 +244,11 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             "",
             f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
-            f"kalmagrove with Kalma against llama with AdamW, and llama-plus and slim with Kalma, all of size "
-            f"`{options.size}` and tuned in each setting (x1, x2, x4 of their usual rates and further while the best "
-            "was at the edge); ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 "
-            f"training tokens a parameter of llama. {environment.get('cpu')}, one thread a run. What is not said is as "
+            "kalmagrove with Kalma against llama with AdamW, and llama-plus and slim with Kalma, all of size "
+            f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and further while the best "
+            "was at the edge, then the rate of embeddings, head and vectors alone, a factor of four apart; ratios of "
+            "test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a parameter "
+            f"of llama. {environment.get('cpu')}, one thread a run. What is not said is as "
             f"in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a "
             "step.",
             "",
@@ -271,10 +291,10 @@ def main() -> None:
             if data is None:
                 continue
             base = Job(
-                setting, "llama", 1.0, options.seeds[0], options.size, data.folder, data.fingerprint, options.out
+                setting, "llama", Rates(1.0), options.seeds[0], options.size, data.folder, data.fingerprint, options.out
             )
-            rates = tune(run_all, {model: partial(trial, base, model) for model in MODELS}, valid_loss, FIRST_RATES)
-            jobs = [replace(base, model=m, lr_scale=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
+            rates = tuned_rates(run_all, base)
+            jobs = [replace(base, model=m, rates=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
             rows.append(row(setting, rates, run_all(jobs)))
             print(rows[-1], flush=True)
     text = page(rows, options)
