@@ -18,7 +18,8 @@ from kalmagrove.reproduction.answers import Answer, all_of, judge_below
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.cost import study_costs
 from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, tokens_to_reach, trained_rates
-from kalmagrove.reproduction.pairs import PAPER
+from kalmagrove.reproduction.headline import headline
+from kalmagrove.reproduction.pairs import PAPER, pairs_of
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
 
@@ -128,7 +129,7 @@ def make_study(make_results: Callable[..., dict[str, Any]], name: str, **options
 
 
 def claims_of(*studies: Study) -> dict[str, Answer]:
-    return {a.name: a for a in answer_claims(Evidence({study.name: study for study in studies}, None))}
+    return {a.name: a for a in answer_claims(Evidence({study.name: study for study in studies}, None, None))}
 
 
 GOOD = {"ours": (27.0, 27.1, 27.2), "llama": (30.0, 30.1, 30.3)}
@@ -208,7 +209,7 @@ def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[s
 
 def test_nothing_is_judged_from_nothing() -> None:
     assert judge_below([]) == judge_below([None]) == "not measured"
-    assert {answer.verdict for answer in answer_claims(Evidence({}, None))} == {"not measured"}
+    assert {answer.verdict for answer in answer_claims(Evidence({}, None, None))} == {"not measured"}
 
 
 def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str, Any]]) -> None:
@@ -245,6 +246,77 @@ def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results:
     assert stability(make_results, wide, wide).verdict == "undecided"
     # AdamW's rates go on where nobody looked.
     assert stability(make_results, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
+
+
+def with_curves(make_results: Callable[..., dict[str, Any]], last: list[float], **options: Any) -> dict[str, Any]:
+    """Ours ends at these validation losses, seed by seed, where llama ends at 3."""
+    record = make_results(**GOOD | options)
+    record["trials"], record["budget"]["tokens"] = 3, 60_000
+    for model in record["models"]:
+        for run, loss in zip(model["runs"], last, strict=True):
+            run["valid_curve"] = {"tokens": [100, 200], "loss": [4.0, 3.0 if model["name"] == "llama" else loss]}
+    return record
+
+
+@pytest.mark.parametrize(
+    ("last", "flops", "ratios", "verdict"),
+    [
+        ([2.8, 2.81, 2.82], 0.5, (0.5, 0.6, 0.7), "supported"),
+        # It cost less than the rival's run and did not come down: what it would have cost, nobody saw.
+        ([3.1, 3.1, 3.1], 0.5, (0.5, 0.6, 0.7), "undecided"),
+        ([3.1, 2.8, 2.8], 1.2, (0.5, 0.6, 0.7), "undecided"),
+        ([3.1, 3.1, 3.1], 0.5, (1.1, 1.2, 1.3), "not supported"),
+    ],
+)
+def test_a_loss_that_was_not_reached_bounds_its_price(
+    last: list[float],
+    flops: float,
+    ratios: tuple[float, ...],
+    verdict: str,
+    make_results: Callable[..., dict[str, Any]],
+) -> None:
+    record = with_curves(make_results, last, time_ratios=ratios)
+    record["models"][-1]["flops_per_token"] = round(flops * record["models"][0]["flops_per_token"])
+    text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
+    studies = [Study(name, Results.from_dict(json.loads(text)), {}) for name in PAPER]
+    assert claims_of(*studies)["C14"].verdict == verdict
+
+
+def test_steps_that_one_seed_lacks_decide_nothing(make_results: Callable[..., dict[str, Any]]) -> None:
+    def verdict(last: list[float]) -> str:
+        text = json.dumps(with_curves(make_results, last)).replace('"ours"', '"llama-nano+kalma"')
+        record = json.loads(text.replace('"llama"', '"llama-nano"'))
+        record["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
+        return claims_of(Study("base", Results.from_dict(record), {}))["C5"].verdict
+
+    assert verdict([2.8, 2.81, 2.82]) == "supported"
+    assert verdict([2.8, 2.81, 3.001]) == "undecided"
+    assert verdict([3.1, 3.1, 3.1]) == "not supported"
+
+
+def test_the_headline_names_every_control_and_how_sure_it_is(make_results: Callable[..., dict[str, Any]]) -> None:
+    def sentence(**options: Any) -> str:
+        study = make_study(make_results, "base", **GOOD | options)
+        pair = pairs_of(Evidence({"base": study}, None, None))["base"]
+        assert pair is not None
+        return headline(pair)
+
+    assert "of slim-nano's test perplexity (target below 1.00x, met)" in sentence()
+    assert "of slim-nano's test perplexity (target below 1.00x, met by its mean alone)" in sentence(
+        slim=(26.9, 28.0, 29.0)
+    )
+    assert "of slim-nano's test perplexity (target below 1.00x, **missed**)" in sentence(slim=(25.0, 25.1, 25.2))
+
+
+def test_the_rank_is_judged_by_runs_of_its_own(make_results: Callable[..., dict[str, Any]]) -> None:
+    def laws(low: float) -> dict[str, Any]:
+        law = {"constants": {"gamma": low}, "intervals": {"gamma": [low, low + 0.1]}, "warnings": []}
+        return {"families": {"kalmagrove": {"laws": {"power": law}}}, "differences": {}}
+
+    studies = {"base": make_study(make_results, "base", **GOOD)}
+    for rank_laws, verdict in ((laws(0.1), "supported"), (laws(-0.2), "not supported")):
+        found = {a.name: a for a in answer_claims(Evidence(studies, laws(-0.05), rank_laws))}
+        assert found["C12"].verdict == verdict
 
 
 def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(

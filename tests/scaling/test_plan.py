@@ -1,6 +1,8 @@
 """A plan finds what the law's own mathematics says, and says where it is outside of what was fitted."""
 
+import copy
 import math
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,38 @@ def test_the_claims_follow_the_intervals(summary: dict[str, Any]) -> None:
     (rank,) = scaling_claims(ranked)["kalmagrove"]
     assert (rank.name, rank.verdict) == ("C12", "supported")
     assert [axes.get_visible() and axes.axison for axes in draw(ranked).axes].count(True) == 6
+
+
+def test_families_are_compared_at_the_ranks_and_cells_that_both_have(summary: dict[str, Any]) -> None:
+    llama, ours = points("llama", LLAMA), points("kalmagrove", OURS)
+    of_ranks = [replace(point, rank_ratio=0.5, loss=point.loss + 0.2) for point in ours[::3]]
+    ranked = summarise(PointTable((*llama, *of_ranks, *ours), ()), resamples=40)
+    assert ranked["differences"]["kalmagrove - llama"] == summary["differences"]["kalmagrove - llama"]
+    assert ranked["paired"] == summary["paired"] == {"kalmagrove - llama": True}
+    fewer = summarise(PointTable((*llama, *ours[1:]), ()), resamples=40)
+    assert fewer["paired"] == {"kalmagrove - llama": False}
+    apart, together = (s["differences"]["kalmagrove - llama"]["power"]["alpha"]["interval"] for s in (fewer, summary))
+    # The same cells in both resamples leave less to chance.
+    assert apart[1] - apart[0] > 1.5 * (together[1] - together[0])
+
+
+def test_a_data_exponent_just_outside_the_tolerance_decides_nothing() -> None:
+    def verdict(low: float, high: float) -> str:
+        found = {"difference": (low + high) / 2, "interval": [low, high], "verdict": "larger"}
+        laws = {"power": {"alpha": found, "beta": found}}
+        families = {name: {"laws": {"power": {"constants": {}, "warnings": []}}} for name in ("ours", "llama")}
+        return scaling_claims({"differences": {"ours - llama": laws}, "families": families})["ours - llama"][1].verdict
+
+    assert verdict(0.02, 0.04) == "supported"
+    assert verdict(0.02, 0.08) == "undecided"
+    assert verdict(0.06, 0.08) == "not supported"
+
+
+def test_a_warning_holds_a_claim_back(summary: dict[str, Any]) -> None:
+    warned = copy.deepcopy(summary)
+    warned["families"]["llama"]["laws"]["power"]["warnings"] = ["only 5 runs"]
+    steeper, _ = scaling_claims(warned)["kalmagrove - llama"]
+    assert steeper.verdict == "undecided" and steeper.reason.endswith("; only 5 runs")
 
 
 def test_the_report_is_written_whole(summary: dict[str, Any], tmp_path: Path) -> None:

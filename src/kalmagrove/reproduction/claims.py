@@ -34,9 +34,10 @@ def _scaling(evidence: Evidence) -> list[Answer]:
         "C11": "the same exponent of data",
         "C12": "the rank governs the loss",
     }
-    found = {} if evidence.laws is None else scaling_claims(evidence.laws)
     answers = []
     for name, says in wanted.items():
+        laws = evidence.rank_laws if name == "C12" else evidence.laws
+        found = {} if laws is None else scaling_claims(laws)
         claims = [(subject, claim) for subject, all_of in found.items() for claim in all_of if claim.name == name]
         if name != "C12":
             claims = [(subject, claim) for subject, claim in claims if subject.startswith("kalmagrove")]
@@ -45,7 +46,10 @@ def _scaling(evidence: Evidence) -> list[Answer]:
             verdicts: set[Verdict] = {claim.verdict for _, claim in claims}
             verdict = verdicts.pop() if len(verdicts) == 1 else "undecided"
         ours = "; ".join(f"{subject}: {claim.verdict}, {claim.reason}" for subject, claim in claims)
-        reason = "every law and every baseline must agree, with 95 % intervals by bootstrap over runs and seeds"
+        reason = (
+            "every law and every baseline must agree, with 95 % intervals by bootstrap over runs and seeds; learning "
+            "rates tuned at one size and length and carried to the others"
+        )
         answers.append(Answer(name, says, "alpha larger, beta about equal" if name != "C12" else "f(r)", ours or "-",
                               verdict, reason))  # fmt: skip
     return answers

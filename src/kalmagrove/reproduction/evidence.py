@@ -20,6 +20,8 @@ from kalmagrove.scaling.plan import read_fit
 from kalmagrove.training.config import default_optimizer
 
 OTHER_TEXT = "other_text.json"
+LAW, RANK_LAW = f"{LADDER}/{LAW_FOLDER}/{FIT}", f"{LADDER}/rank_{LAW_FOLDER}/{FIT}"
+"""The ladder's laws; and where its ranks were trained in a sweep of their own, whose rates may differ, that one's."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All studies that have begun, and the fitted laws of the ladder."""
+    """All studies that have begun, and the fitted laws of the ladder: of all its runs, and of those about the rank."""
 
     studies: Mapping[str, Study]
     laws: Mapping[str, Any] | None
+    rank_laws: Mapping[str, Any] | None
 
     def study_of(self, *wanted: Callable[[Study], Model | None]) -> Study | None:
         """The first study that has all of some models, one of enough tokens before one that is a screening."""
@@ -93,8 +96,8 @@ def load_evidence(folder: Path) -> Evidence:
     for name in STUDIES:
         if (folder / name / FILE_NAME).is_file():
             studies[name] = Study(name, load_results(folder / name), _other_text(folder / name))
-    law = folder / LADDER / LAW_FOLDER / FIT
-    return Evidence(studies, read_fit(law) if law.is_file() else None)
+    laws, rank_laws = (read_fit(folder / law) if (folder / law).is_file() else None for law in (LAW, RANK_LAW))
+    return Evidence(studies, laws, rank_laws or laws)
 
 
 def read_other_text(folder: Path) -> dict[str, Any]:

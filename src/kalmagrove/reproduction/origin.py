@@ -11,9 +11,8 @@ from typing import Any
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
 from kalmagrove.report.results import FILE_NAME, load_results
-from kalmagrove.reproduction.evidence import OTHER_TEXT, read_other_text
+from kalmagrove.reproduction.evidence import LAW, OTHER_TEXT, RANK_LAW, read_other_text
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
-from kalmagrove.scaling.pages import FIT, LAW_FOLDER
 from kalmagrove.scaling.plan import read_fit
 
 PLAN = "plan.json"
@@ -112,10 +111,10 @@ def keep_evidence(folder: Path, to: Path) -> None:
             _write_small(to / name / FILE_NAME, _without_curves(load_results(folder / name).to_dict()))
             if other := read_other_text(folder / name):
                 _write_small(to / name / OTHER_TEXT, other)
-    law = folder / LADDER / LAW_FOLDER / FIT
-    if law.is_file():
-        (to / LADDER / LAW_FOLDER).mkdir(parents=True, exist_ok=True)
-        _write_small(to / LADDER / LAW_FOLDER / FIT, _without_draws(read_fit(law)))
+    for law in (LAW, RANK_LAW):
+        if (folder / law).is_file():
+            (to / law).parent.mkdir(parents=True, exist_ok=True)
+            _write_small(to / law, _without_draws(read_fit(folder / law)))
 
 
 def _without_curves(results: dict[str, Any]) -> dict[str, Any]:

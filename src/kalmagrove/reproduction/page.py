@@ -160,7 +160,9 @@ def _claims(answers: list[Answer]) -> str:
 
 
 def _machine(environment: Environment) -> str:
-    known = (environment.cpu, f"{environment.usable_cores} cores", *environment.gpus)
+    threads = environment.torch_threads
+    used = None if threads is None else "one thread" if threads == 1 else f"{threads} threads"
+    known = (environment.cpu, f"{environment.usable_cores} cores", used, *environment.gpus)
     return ", ".join(text for text in known if text)
 
 
@@ -181,6 +183,8 @@ def _studies(origin: Origin, evidence: Evidence) -> list[str]:
         ]
     if evidence.laws is not None:
         parts += [f"## {LADDER}: {STUDIES[LADDER]}", _ladder(evidence.laws)]
+        if evidence.rank_laws is not None and evidence.rank_laws is not evidence.laws:
+            parts += ["The rank's exponent (C12) is that of runs of their own:", _ladder(evidence.rank_laws)]
     return parts
 
 

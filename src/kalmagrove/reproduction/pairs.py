@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kalmagrove.report.results import Model, Results, Split
@@ -78,14 +78,21 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
         found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:
         found.append(f"{results.budget.epochs:.1f} passes over the text without dropout, which the smaller model bears")
-    if is_at_edge(results, rival):
-        found.append(f"the best learning rate of {rival.name} is at the edge of those that were tried")
+    rates = {trial.lr_scale: trial.valid_loss for trial in results.rates_tried(rival)}
+    auxiliary = {
+        trial.auxiliary_scale: trial.valid_loss
+        for of_model in results.auxiliary_trials
+        for trial in of_model.trials
+        if of_model.model == rival.name
+    }
+    for losses, what in ((rates, "learning rate"), (auxiliary, "rate of embeddings")):
+        if is_at_edge(losses):
+            found.append(f"the best {what} of {rival.name} is at the edge of those that were tried")
     return found
 
 
-def is_at_edge(results: Results, model: Model) -> bool:
-    """Whether the best rate of a model has no worse one on one of its sides."""
-    losses = {trial.lr_scale: trial.valid_loss for trial in results.rates_tried(model)}
+def is_at_edge(losses: Mapping[float, float | None]) -> bool:
+    """Whether the best of a model's rates has no worse one on one of its sides; none where a rate diverged."""
     known = {scale: loss for scale, loss in losses.items() if loss is not None}
     if len(losses) < 2 or not known:
         return False

@@ -51,7 +51,10 @@ def _size(pair: Pair) -> float:
 def time(pairs: Pairs) -> Answer:
     """C2."""
     verdict = judge_times([None if pair is None else pair.time for pair in pairs.values()])
-    reason = "steps of both in turns in one process, the optimiser's time included; an epoch has as many steps for both"
+    reason = (
+        "supported means less than the Transformer's in each pair; steps of both in turns in one process, the "
+        "optimiser's time included; an epoch has as many steps for both"
+    )
     ours = each(pairs, lambda pair: shown_time(pair.time))
     return Answer("C2", "faster epochs", quoted("minutes"), ours, verdict, reason)
 
@@ -64,7 +67,10 @@ def perplexity(pairs: Pairs) -> Answer:
     }
     verdict = judge_below([ratio for both in ratios.values() for ratio in both])
     doubts = [doubt for pair in pairs.values() if pair is not None for doubt in pair.doubts()]
-    reason = f"against the better plain Transformer ({each(pairs, _plain)}); same tokens in the same order"
+    reason = (
+        f"supported means less than that of the better plain Transformer ({each(pairs, _plain)}) in each pair; same "
+        "tokens in the same order"
+    )
     ours = each(pairs, lambda pair: f"valid {shown(ratios[pair.name][0])}, test {shown(ratios[pair.name][1])}")
     paper = f"valid {quoted('valid')}; test {quoted('test')}"
     return Answer("C3", "lower perplexity", paper, ours, held_back(verdict, doubts), with_doubts(reason, doubts))
@@ -135,7 +141,8 @@ def greener(pairs: Pairs) -> Answer:
         doubts += pair.doubts()
     reason = (
         "to the Transformer's last validation loss, by forward and backward FLOPs and by seconds, which count the "
-        "optimiser too; not measured joules; an upper bound, read in the middle of our schedule"
+        "optimiser too; not measured joules; an upper bound, read in the middle of our schedule from losses on a part "
+        "of the validation split; what was not reached in a run that cost less is undecided"
     )
     verdict = held_back(all_of(verdicts), doubts)
     ours = each(pairs, lambda pair: texts[pair.name])
@@ -147,14 +154,17 @@ def _cost_to_loss(pair: Pair) -> tuple[Verdict, str]:
     if not parts:
         return "not measured", "-"
     reached = {seed: part for seed, part in parts.items() if part is not None}
-    if len(reached) < len(parts) or lost_seeds(pair.ours, pair.rival):
-        return "not supported", f"that loss was reached with {len(reached)} of {len(parts)} seeds"
-    per_token = pair.ours.flops_per_token / pair.rival.flops_per_token
+    per_token, spread = pair.ours.flops_per_token / pair.rival.flops_per_token, pair.time
+    if len(reached) < len(parts):
+        # All tokens of both sides are as many, so that a whole run cost this part of the rival's.
+        spent = {"FLOPs": per_token} | ({} if spread is None else {"seconds": spread.median})
+        price = " and ".join(f"{part:.2f}x of the {name}" for name, part in spent.items())
+        dearer = not reached and max(spent.values()) >= 1
+        verdict: Verdict = "not supported" if dearer or lost_seeds(pair.ours, pair.rival) else "undecided"
+        return verdict, f"that loss was reached with {len(reached)} of {len(parts)} seeds, in runs of {price}"
     flops = scaled(reached, per_token)
-    verdicts, text = [judge_below([flops])], f"FLOPs {shown(flops)}"
-    spread = pair.time
     seconds = None if spread is None else scaled(reached, spread.median)
-    return all_of([*verdicts, judge_below([seconds])]), f"{text}, seconds {shown(seconds)}"
+    return all_of([judge_below([flops]), judge_below([seconds])]), f"FLOPs {shown(flops)}, seconds {shown(seconds)}"
 
 
 def scaled(parts: dict[int, float], factor: float) -> Interval | None:

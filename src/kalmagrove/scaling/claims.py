@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["supported", "not supported", "undecided"]
@@ -35,13 +35,25 @@ def scaling_claims(summary: Mapping[str, Any]) -> dict[str, list[Claim]]:
         summary: As ``fit.json`` holds it.
     """
     found: dict[str, list[Claim]] = {}
+    warned = {name: _warnings(family["laws"]) for name, family in summary["families"].items()}
     for pair, laws in summary["differences"].items():
-        found[pair] = [_steeper(laws), _same_data_exponent(laws)]
+        careful = [line for name in pair.split(" - ") for line in warned[name]]
+        found[pair] = [_held_back(claim, careful) for claim in (_steeper(laws), _same_data_exponent(laws))]
     for name, family in summary["families"].items():
-        claims = [_rank(family["laws"])] if any("gamma" in law["constants"] for law in family["laws"].values()) else []
-        if claims:
-            found[name] = claims
+        if any("gamma" in law["constants"] for law in family["laws"].values()):
+            found[name] = [_held_back(_rank(family["laws"]), warned[name])]
     return found
+
+
+def _warnings(laws: Mapping[str, Any]) -> list[str]:
+    return [warning for law in laws.values() for warning in law["warnings"]]
+
+
+def _held_back(claim: Claim, careful: Sequence[str]) -> Claim:
+    """A claim that a fit supports which a reader is warned of is undecided."""
+    if claim.verdict != "supported" or not careful:
+        return claim
+    return replace(claim, verdict="undecided", reason=f"{claim.reason}; {'; '.join(dict.fromkeys(careful))}")
 
 
 def _steeper(laws: Mapping[str, Any]) -> Claim:
@@ -59,7 +71,7 @@ def _same_data_exponent(laws: Mapping[str, Any]) -> Claim:
     verdict: Verdict = "undecided"
     if all(low >= -EQUAL_WITHIN and high <= EQUAL_WITHIN for low, high in intervals):
         verdict = "supported"
-    elif all(low > 0 or high < 0 for low, high in intervals):
+    elif all(low > EQUAL_WITHIN or high < -EQUAL_WITHIN for low, high in intervals):
         verdict = "not supported"
     return Claim("C11", "the exponent of the data is about the same", verdict, _numbers(laws, "beta"))
 

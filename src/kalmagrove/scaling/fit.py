@@ -173,7 +173,8 @@ def _starts(design: Design) -> Iterator[Array]:
 def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -> list[dict[str, float]]:
     """The law's constants in resamples of the runs: points with replacement, and seeds within a point.
 
-    A resample that has too few different points for the law is drawn again.
+    A resample that has too few different points for the law is drawn again. Families on the same grid get the same
+    resamples by the same seed, so that the draws of one can be compared with those of the other one by one.
 
     Args:
         fit: Of these points.
@@ -182,15 +183,17 @@ def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -
         seed: Of the draws.
     """
     cells: dict[tuple[float, ...], list[int]] = {}
-    for index, point in enumerate(points):
-        cells.setdefault((point.parameters, point.tokens, point.rank_ratio), []).append(index)
-    groups, chance = list(cells.values()), np.random.default_rng(seed)
+    for index, point in sorted(enumerate(points), key=lambda numbered: _cell(numbered[1])):
+        cells.setdefault(_cell(point), []).append(index)
+    groups = list(cells.values())
+    # What one law draws besides must not move the cells and seeds that the next resample takes.
+    runs_chance, chance = (np.random.default_rng((seed, stream)) for stream in range(2))
     found: list[dict[str, float]] = []
     while len(found) < resamples:
-        drawn = chance.integers(0, len(groups), len(groups))
+        drawn = runs_chance.integers(0, len(groups), len(groups))
         if len(set(drawn.tolist())) <= len(fit.unknowns):
             continue
-        rows = np.concatenate([chance.choice(groups[cell], len(groups[cell])) for cell in drawn])
+        rows = np.concatenate([runs_chance.choice(groups[cell], len(groups[cell])) for cell in drawn])
         design = fit.design.take(rows)
         # A resample may have another best basin; the power law has one.
         others = 0 if fit.law == "power" else 1
@@ -198,6 +201,16 @@ def bootstrap(fit: Fit, points: Sequence[Point], *, resamples: int, seed: int) -
         unknowns = min((search(design, start) for start in starts), key=lambda result: result[1])[0]
         found.append(design.constants(unknowns))
     return found
+
+
+def _cell(point: Point) -> tuple[float, ...]:
+    return (point.parameters, point.tokens, point.rank_ratio)
+
+
+def grid(points: Sequence[Point]) -> list[tuple[float, ...]]:
+    """The cells of a family's points by the order of their sizes, which other families have too; one for each run."""
+    place = {size: order for order, size in enumerate(sorted({point.parameters for point in points}))}
+    return sorted((place[point.parameters], point.tokens, point.rank_ratio) for point in points)
 
 
 def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:

@@ -52,7 +52,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
             best = f"{fit['agreeing_starts']} of the {fit['finalists']} best"
             lines.append(f"{best} of {fit['starts']} searches ended here.")
             lines += [f"- **Careful:** {warning}." for warning in fit["warnings"]] + [""]
-    lines += _difference_lines(summary["differences"])
+    lines += _difference_lines(summary["differences"], summary.get("paired", {}))
     if summary["left_out"]:
         lines += ["## Left out", "", *(f"- {line}" for line in summary["left_out"]), ""]
     method = summary["method"]
@@ -63,11 +63,14 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _difference_lines(differences: Mapping[str, Any]) -> list[str]:
+def _difference_lines(differences: Mapping[str, Any], paired: Mapping[str, bool]) -> list[str]:
     lines: list[str] = []
     for pair, by_law in differences.items():
+        alike = "of the same cells of both" if paired.get(pair) else "drawn for each alone, as their grids differ"
         lines += [
             f"## {pair}",
+            "",
+            f"At the ranks that both have; resamples {alike}.",
             "",
             "| law | exponent | difference | 95 % interval | |",
             "| :-- | :-- | --: | --: | :-- |",

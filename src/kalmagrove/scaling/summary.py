@@ -7,11 +7,12 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.scaling.fit import HUBER_DELTA, Fit, bootstrap, fit_law, held_out_error, interval, warnings_of
+from kalmagrove.scaling.fit import HUBER_DELTA, Fit, bootstrap, fit_law, grid, held_out_error, interval, warnings_of
 from kalmagrove.scaling.laws import FORMULAS, LawName
 from kalmagrove.scaling.points import Point, PointTable
 from kalmagrove.training.watching import SWEEP_FACTS
@@ -20,6 +21,13 @@ LAWS: tuple[LawName, ...] = get_args(LawName)
 EXPONENTS = ("alpha", "beta", "gamma")
 KEPT_DRAWS = 400
 """Bootstrapped constants that are kept, for the intervals of predictions."""
+
+
+class Drawn(NamedTuple):
+    """A fit and its constants in resamples of its points."""
+
+    fit: Fit
+    draws: list[dict[str, float]]
 
 
 def summarise(
@@ -46,7 +54,7 @@ def summarise(
         KalmaGroveError: A family has too few runs.
     """
     names = dict.fromkeys(point.family for point in table.points)
-    families = {name: [point for point in table.points if point.family == name] for name in names}
+    families = {name: tuple(point for point in table.points if point.family == name) for name in names}
     unknown = next((name for name in baselines if name not in families), None)
     if unknown is not None:
         raise UsageError(f"there is no family {unknown!r}; the table has {', '.join(families)}")
@@ -57,8 +65,14 @@ def summarise(
         "method": {"huber_delta": HUBER_DELTA, "resamples": resamples, "seed": seed, "interval": 0.95},
         "families": {},
         "differences": {},
+        "paired": {},
     }
-    drawn: dict[tuple[str, str], list[dict[str, float]]] = {}
+
+    @cache
+    def fitted(law: LawName, points: tuple[Point, ...], seed: int) -> Drawn:
+        fit = fit_law(law, points, repeated=repeated)
+        return Drawn(fit, bootstrap(fit, points, resamples=resamples, seed=seed))
+
     for name, points in families.items():
         summary["families"][name] = {
             "points": [asdict(point) for point in points],
@@ -68,21 +82,34 @@ def summarise(
         for law in LAWS:
             say(f"fitting {law} to {len(points)} runs of {name}")
             try:
-                fit = fit_law(law, points, repeated=repeated)
+                fit, drawn = fitted(law, points, seed)
             except KalmaGroveError as error:
                 raise KalmaGroveError(f"family {name}: {error}") from error
-            drawn[name, law] = bootstrap(fit, points, resamples=resamples, seed=seed)
-            summary["families"][name]["laws"][law] = describe_fit(fit, points, drawn[name, law])
+            summary["families"][name]["laws"][law] = describe_fit(fit, points, drawn)
     for place, reference in enumerate(references):
         for name in (name for name in families if name not in references[: place + 1]):
-            summary["differences"][f"{name} - {reference}"] = {
-                law: differences(
-                    [summary["families"][one]["laws"][law]["constants"] for one in (name, reference)],
-                    list(zip(drawn[name, law], drawn[reference, law], strict=True)),
-                )
+            pair = f"{name} - {reference}"
+            say(f"comparing {name} with {reference}")
+            both = at_common_ranks(families[name], families[reference])
+            summary["paired"][pair] = is_paired = grid(both[0]) == grid(both[1])
+            # Where the grids differ, a seed of its own keeps one family's draws from following the other's.
+            seeds = (seed, seed if is_paired else seed + 1)
+            summary["differences"][pair] = {
+                law: differences(*(fitted(law, points, own) for points, own in zip(both, seeds, strict=True)))
                 for law in LAWS
             }
     return summary
+
+
+def at_common_ranks(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
+    """The points of two families at the ranks that both have: a dense family has the full rank alone.
+
+    All of them where there is no such rank.
+    """
+    every = {point.rank_ratio for point in (*ours, *theirs)}
+    ranks = {point.rank_ratio for point in ours} & {point.rank_ratio for point in theirs} or every
+    mine, others = (tuple(p for p in points if p.rank_ratio in ranks) for points in (ours, theirs))
+    return mine, others
 
 
 def facts_of_sweep(runs: Path) -> dict[str, Any]:
@@ -135,21 +162,14 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
     }
 
 
-def differences(
-    constants: Sequence[Mapping[str, float]], drawn: Sequence[tuple[Mapping[str, float], Mapping[str, float]]]
-) -> dict[str, Any]:
-    """Exponents of one family less those of another, with intervals; undecided where the interval holds 0.
-
-    Args:
-        constants: Of the one fit and of the other.
-        drawn: Bootstrapped constants of both.
-    """
-    ours, theirs = constants
+def differences(one: Drawn, other: Drawn) -> dict[str, Any]:
+    """Exponents of one family less those of another, with intervals; undecided where the interval holds 0."""
+    ours, theirs = one.fit.constants, other.fit.constants
     found: dict[str, Any] = {}
     for exponent in EXPONENTS:
         if exponent not in ours or exponent not in theirs:
             continue
-        low, high = interval([one[exponent] - other[exponent] for one, other in drawn])
+        low, high = interval([o[exponent] - t[exponent] for o, t in zip(one.draws, other.draws, strict=True)])
         verdict = "larger" if low > 0 else "smaller" if high < 0 else "undecided"
         difference = ours[exponent] - theirs[exponent]
         found[exponent] = {"difference": difference, "interval": [low, high], "verdict": verdict}
