@@ -93,6 +93,7 @@ def make_run(seed: int, perplexity: float | None, *, diverged: bool = False, poi
         },
         "valid_curve": {"tokens": tokens[9::10], "loss": [end + 0.5 for _ in tokens[9::10]]},
         "spikes": None,
+        "source": None,
     }
 
 

@@ -48,15 +48,13 @@ def kalma(model: nn.Module, lr: float) -> Optimizers:
     return build_optimizers("kalma", model, lr=lr)
 
 
-def soap(model: nn.Module, lr: float, precondition_frequency: int = 3) -> Optimizers:
+def soap(model: nn.Module, lr: float) -> Optimizers:
     """SOAP of pytorch-optimizer for the matrices, AdamW for the rest.
 
     Raises:
         ModuleNotFoundError: The benchmark extra is not installed.
     """
-    return build_optimizers(
-        "soap", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS, refresh_every=precondition_frequency
-    )
+    return build_optimizers("soap", model, lr=lr, auxiliary_lr=AUXILIARY_LR, betas=BETAS)
 
 
 METHODS = {

@@ -119,6 +119,17 @@ def test_missing_and_diverged_runs_are_said(make_results: Make) -> None:
     assert table.notes[-2:] == ("diverged: llama seed 0, llama seed 1", "not finished: ours seed 1")
 
 
+def test_runs_of_several_versions_are_told(make_results: Make) -> None:
+    record = make_results(ours=(27.0, 27.1), llama=(30.0, 30.1))
+    for model in record["models"]:
+        for run in model["runs"]:
+            run["source"] = "aaaaaaaaaaaa"
+    assert "versions" not in build_table(Results.from_dict(record)).notes[-1]
+    record["models"][0]["runs"][0]["source"] = None
+    note = build_table(Results.from_dict(record)).notes[-1]
+    assert note == "runs by several versions of the package: 1 by unknown, 3 by aaaaaaaaaaaa"
+
+
 def test_a_perplexity_that_overflows_is_too_large(make_results: Make) -> None:
     record = make_results()
     record["models"][1]["runs"][0]["test"]["word_perplexity"] = None

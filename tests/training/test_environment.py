@@ -4,6 +4,7 @@ import getpass
 import json
 import os
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,7 +16,12 @@ import torch
 
 import kalmagrove
 from kalmagrove.training import environment
-from kalmagrove.training.environment import describe_environment, peak_memory_bytes, reset_peak_memory
+from kalmagrove.training.environment import (
+    describe_environment,
+    peak_memory_bytes,
+    reset_peak_memory,
+    source_digest,
+)
 
 MEBIBYTE = 2**20
 
@@ -30,9 +36,20 @@ def test_the_description_has_the_facts_of_this_machine() -> None:
     assert 1 <= described["usable_cores"] <= (os.cpu_count() or 1)
     assert described["torch_threads"] == torch.get_num_threads()
     assert described["memory_bytes"] is None or described["memory_bytes"] > 64 * MEBIBYTE
-    assert described["cpu"]
+    assert described["cpu"] and described["source"] == source_digest()
     assert len(described["gpus"]) == (torch.cuda.device_count() if torch.cuda.is_available() else 0)
     assert json.loads(json.dumps(described)) == described
+
+
+def test_a_changed_line_is_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = source_digest.__wrapped__
+    package = tmp_path / "kalmagrove"
+    shutil.copytree(Path(environment.__file__).parents[1], package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(environment, "__file__", str(package / "training" / "environment.py"))
+    assert digest() == source_digest()
+    with (package / "nn" / "grove.py").open("a") as file:
+        file.write("# another line\n")
+    assert digest() != source_digest()
 
 
 def test_the_description_names_no_host_user_or_folder(monkeypatch: pytest.MonkeyPatch) -> None:

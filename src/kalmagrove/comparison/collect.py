@@ -155,6 +155,7 @@ def _run(folder: Path, contestant: Contestant, rates: Rates, seed: int) -> dict[
         "curve": {key: [m[key] for m in curve] for key in ("tokens", "seconds", "loss")},
         "valid_curve": {"tokens": [m["tokens"] for m in valid], "loss": [m["valid_loss"] for m in valid]},
         "spikes": spikes_in_a_thousand([m["loss"] for m in metrics if m.get("loss") is not None]),
+        "source": run.read_environment().get("source"),
     }
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from kalmagrove.optim.groups import kalma_groups
 from kalmagrove.optim.kalma import Kalma
 
-SOAP_BETAS = (0.9, 0.99)
-"""The better of those tried in ``benchmarks/optimizers.py``."""
+SOAP_BETAS, SOAP_FREQUENCY = (0.9, 0.99), 3
+"""The better of those tried in ``benchmarks/optimizers.py``; and steps between turns of its bases, as Kalma's."""
 
 
 def build_optimizers(
@@ -40,7 +40,7 @@ def build_optimizers(
         weight_decay: Of the hidden matrices.
         momentum: Of Kalma and Muon.
         damping: Of Kalma's P.
-        refresh_every: Steps between refreshes of Kalma's P, or of SOAP's bases.
+        refresh_every: Steps between refreshes of Kalma's P.
         betas: AdamW's.
         divide_work: Whether the ranks of a distributed run divide Kalma's work and statistics.
 
@@ -75,7 +75,7 @@ def build_optimizers(
         from pytorch_optimizer import SOAP
 
         matrices, rest = _matrices_and_rest(groups)
-        optimizers = [SOAP(plain_groups(matrices), lr=lr, betas=SOAP_BETAS, precondition_frequency=refresh_every)]
+        optimizers = [SOAP(plain_groups(matrices), lr=lr, betas=SOAP_BETAS, precondition_frequency=SOAP_FREQUENCY)]
         if rest:
             optimizers.append(_adamw(rest, betas))
     elif name == "adamw":

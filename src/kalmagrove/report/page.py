@@ -144,6 +144,7 @@ def describe_environment(environment: Environment) -> list[tuple[str, str]]:
         ("System", environment.platform),
         ("Python", environment.python),
         ("Packages", ", ".join(f"{name} {version}" for name, version in packages.items() if version) or None),
+        ("Source files", environment.source),
     ]
     return [(name, value) for name, value in known if value is not None]
 

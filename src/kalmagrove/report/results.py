@@ -74,6 +74,7 @@ class Run:
 
     Attributes:
         spikes: Of the training loss, in a thousand steps; None for a run too short to have any.
+        source: Digest of the package's files when the run began; None where it was not written down.
     """
 
     seed: int
@@ -85,6 +86,7 @@ class Run:
     curve: Curve
     valid_curve: ValidCurve
     spikes: float | None = None
+    source: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -229,6 +231,7 @@ class Environment:
     cuda: str | None = None
     gpus: tuple[str, ...] = ()
     packages: Mapping[str, str | None] | None = None
+    source: str | None = None
 
 
 @dataclass(frozen=True)

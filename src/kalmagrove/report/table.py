@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -312,7 +313,12 @@ def _unusual_runs(results: Results) -> list[str]:
 
     diverged = listed(lambda run: run.diverged)
     missing = listed(lambda run: not run.finished and not run.diverged)
-    return [f"{what}: {runs}" for what, runs in (("diverged", diverged), ("not finished", missing)) if runs]
+    found = [f"{what}: {runs}" for what, runs in (("diverged", diverged), ("not finished", missing)) if runs]
+    sources = Counter(run.source or "unknown" for m in results.models for run in m.runs if run.finished)
+    if len(sources) > 1:
+        counts = ", ".join(f"{count} by {source}" for source, count in sources.items())
+        found.append(f"runs by several versions of the package: {counts}")
+    return found
 
 
 def _escape(text: str) -> str:

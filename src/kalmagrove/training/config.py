@@ -217,7 +217,7 @@ class OptimConfig:
         weight_decay: Decoupled decay of the matrices.
         momentum: Of kalma and muon.
         damping: Of Kalma's P, relative to the mean input power.
-        refresh_every: Steps between refreshes of Kalma's P, or of SOAP's bases.
+        refresh_every: Steps between refreshes of Kalma's P.
         beta1: AdamW's.
         beta2: AdamW's.
         schedule: Shape after the warm-up.

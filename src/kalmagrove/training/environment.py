@@ -1,10 +1,12 @@
 """Say on what machine and with what packages a run was made, and how much memory it took."""
 
 import ctypes
+import hashlib
 import os
 import platform
 import re
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,9 +37,9 @@ def describe_environment() -> dict[str, Any]:
     """Describe what a run's speed and results depend on, without names of hosts, users or folders.
 
     Returns:
-        JSON values: `python`, `platform`, `packages` (version by name, None when not installed), `cpu`,
-        `usable_cores`, `torch_threads`, `memory_bytes` (None when unknown), `cuda` (the CUDA version that
-        torch was built for, or None) and `gpus` (their names).
+        JSON values: `python`, `platform`, `packages` (version by name, None when not installed), `source` (of this
+        package's own files, see `source_digest`), `cpu`, `usable_cores`, `torch_threads`, `memory_bytes` (None when
+        unknown), `cuda` (the CUDA version that torch was built for, or None) and `gpus` (their names).
     """
     import torch
 
@@ -46,6 +48,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _package_version(name) for name in _PACKAGES},
+        "source": source_digest(),
         "cpu": _cpu_model(),
         "usable_cores": usable_cores(),
         "torch_threads": torch.get_num_threads(),
@@ -108,6 +111,16 @@ def reset_peak_memory(device: "torch.device | str") -> None:
         _PROCESS_MARKS.write_text(_RESET_PEAK)
     except OSError:
         return
+
+
+@cache
+def source_digest() -> str:
+    """The first digits of the SHA-256 of this package's Python files: a version number tells no two commits apart."""
+    root = Path(__file__).parents[1]
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return total.hexdigest()[:12]
 
 
 def _package_version(name: str) -> str | None:

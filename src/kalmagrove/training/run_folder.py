@@ -121,15 +121,15 @@ class RunFolder:
         Raises:
             KalmaGroveError: The file is not a JSON object.
         """
-        try:
-            result = json.loads(self.result_path.read_bytes())
-        except FileNotFoundError:
-            return None
-        except (ValueError, RecursionError) as error:
-            raise KalmaGroveError(f"{self.result_path} is not valid JSON; delete it and run again") from error
-        if not isinstance(result, dict):
-            raise KalmaGroveError(f"{self.result_path} does not hold a JSON object; delete it and run again")
-        return result
+        return _read_object(self.result_path)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Return what is known of the machine and the code, nothing before the run began.
+
+        Raises:
+            KalmaGroveError: The file is not a JSON object.
+        """
+        return _read_object(self.environment_path) or {}
 
     def release(self) -> None:
         """Let other processes use the folder; doing so twice is harmless."""
@@ -166,6 +166,18 @@ class RunFolder:
             _check_record(record, f"{self.metrics_path} line {number}")
             parsed.append((text, record))
         return parsed
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise KalmaGroveError(f"{path} is not valid JSON; delete it and run again") from error
+    if not isinstance(found, dict):
+        raise KalmaGroveError(f"{path} does not hold a JSON object; delete it and run again")
+    return found
 
 
 def valid_loss_of(result: Mapping[str, Any]) -> float:
