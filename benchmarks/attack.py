@@ -4,12 +4,12 @@
     python benchmarks/attack.py --texts ../texts --settings usual "four times the tokens" --seeds 0 1 2
     python benchmarks/attack.py --texts ../texts --page docs/results/attack.md
 
-Each setting trains llama with AdamW, and llama-plus, slim and kalmagrove with Kalma; the learning rate of each is tuned
-on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge, and then the rate of its
-embeddings, head and vectors alone, a factor of four apart. --texts is a folder with one for each text (textbooks,
-technical, biomedical, shakespeare); a text that is not there is passed over by name. A run leaves one JSON file under
---out, named by its text and all of its options, and is not repeated. All of it takes about three hours on two slow
-cores with --size pico, and more with the default.
+Each setting trains llama with AdamW and with Kalma, and slim and kalmagrove with Kalma; the learning rate of each is
+tuned on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge, and then that of its
+embeddings, head and vectors alone, x0.25, x1 and x4 of it and further likewise. --texts is a folder with one for each
+text (textbooks, technical, biomedical, shakespeare); a text that is not there is passed over by name. A run leaves one
+JSON file under --out, named by its text and all of its options, and is not repeated. All of it takes about three hours
+on two slow cores with --size pico, and more with the default.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from kalmagrove.training.config import (
     LoopConfig,
     ModelConfig,
     OptimConfig,
+    OptimizerName,
     TrainConfig,
     parse_count,
     plain_options,
@@ -51,8 +52,15 @@ from parallel import diverged_in_training, stored, workers
 from tuning import tune
 
 Record = dict[str, Any]
-MODELS = {"llama": "adamw", "llama-plus": "kalma", "slim": "kalma", "kalmagrove": "kalma"}
-RIVALS = ("llama", "llama-plus", "slim")
+MODELS: dict[str, tuple[str, OptimizerName]] = {
+    "llama": ("llama", "adamw"),
+    "llama+kalma": ("llama", "kalma"),
+    "slim": ("slim", "kalma"),
+    "kalmagrove": ("kalmagrove", "kalma"),
+}
+"""Family and optimiser by the name in the table."""
+RIVALS = ("llama", "llama+kalma", "slim")
+VOCABULARY = 512
 FIRST_RATES = (1.0, 2.0, 4.0)
 FIRST_AUXILIARY_RATES = (0.25, 1.0, 4.0)
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
@@ -137,10 +145,11 @@ class Job:
 def train_config(job: Job) -> TrainConfig:
     """The run of a job; what a baseline gets, the others do not."""
     setting, is_baseline = job.setting, job.model == "llama"
+    family, optimizer = MODELS[job.model]
     return TrainConfig(
-        model=ModelConfig(preset=f"{job.model}-{job.size}", **(setting.shape if is_baseline else {})),
+        model=ModelConfig(preset=f"{family}-{job.size}", **(setting.shape if is_baseline else {})),
         optim=OptimConfig(
-            name=MODELS[job.model],  # type: ignore[arg-type]
+            name=optimizer,
             lr_scale=job.rates.scale,
             auxiliary_lr=job.rates.auxiliary * OptimConfig.auxiliary_lr,
             **(setting.baseline if is_baseline else {}),
@@ -244,11 +253,11 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             "",
             f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
-            "kalmagrove with Kalma against llama with AdamW, and llama-plus and slim with Kalma, all of size "
+            "kalmagrove with Kalma against llama with AdamW, and llama and slim with Kalma, all of size "
             f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and further while the best "
-            "was at the edge, then the rate of embeddings, head and vectors alone, a factor of four apart; ratios of "
-            "test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a parameter "
-            f"of llama. {environment.get('cpu')}, one thread a run. What is not said is as "
+            "was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further likewise; "
+            "ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a parameter "
+            f"of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is not said is as "
             f"in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a "
             "step.",
             "",
@@ -268,7 +277,7 @@ def data_of(setting: Setting, options: argparse.Namespace) -> PackedText | None:
     if source is not None and not source.exists():
         print(f"passed over {setting.name}: {source} is not here")
         return None
-    data = open_data(DataConfig(source=None if source is None else str(source), vocab_size=1024))
+    data = open_data(DataConfig(source=None if source is None else str(source), vocab_size=VOCABULARY))
     assert isinstance(data, PackedText)
     return data
 
