@@ -256,10 +256,10 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             "kalmagrove with Kalma against llama with AdamW, and llama and slim with Kalma, all of size "
             f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and further while the best "
             "was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further likewise; "
-            "ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a parameter "
-            f"of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is not said is as "
-            f"in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a "
-            "step.",
+            "ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a "
+            f"parameter of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is not "
+            f"said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
+            f"{USUAL.context_length} a step.",
             "",
             "| setting | tokens | a parameter | llama's perplexity | "
             + " | ".join(f"against {rival} (95 %)" for rival in RIVALS)
