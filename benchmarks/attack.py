@@ -257,8 +257,8 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and further while the best "
             "was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further likewise; "
             "ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a "
-            f"parameter of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is not "
-            f"said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
+            f"parameter of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is "
+            f"not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
             f"{USUAL.context_length} a step.",
             "",
             "| setting | tokens | a parameter | llama's perplexity | "

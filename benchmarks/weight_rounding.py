@@ -22,10 +22,10 @@ SMALLEST_MATRIX = 4096
 """Weights below which a tensor keeps 16 bits."""
 
 
-def rounded(weight: Tensor, bits: int, group: int = GROUP) -> Tensor:
+def rounded(weight: Tensor, bits: int) -> Tensor:
     """The nearest weights (rows, columns) that can be stored in ``bits`` each."""
     rows, columns = weight.shape
-    padded = nn.functional.pad(weight.float(), (0, -columns % group)).reshape(-1, group)
+    padded = nn.functional.pad(weight.float(), (0, -columns % GROUP)).reshape(-1, GROUP)
     low, high = padded.amin(dim=1, keepdim=True), padded.amax(dim=1, keepdim=True)
     best = torch.zeros_like(padded)
     least = torch.full_like(low, torch.inf)

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from kalmagrove.files import finite_or_null, temporary_name, whole_folder, write_json_atomic, write_text_atomic
+from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import (
+    finite_or_null,
+    read_json_object,
+    temporary_name,
+    whole_folder,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 
 def test_text_replaces_the_old_content_and_leaves_no_temporary(tmp_path: Path) -> None:
@@ -70,6 +78,30 @@ def test_json_is_standard_json_with_null_for_numbers_it_lacks(tmp_path: Path) ->
         "ok": True,
     }
     assert text.endswith("}\n")
+
+
+def test_a_json_object_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "value.json"
+    write_json_atomic(path, {"name": "\u00e9", "steps": [1]})
+    assert read_json_object(path, "remove it") == {"name": "\u00e9", "steps": [1]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"3", b"null", b'"text"', b'{"a": "\xff"}', b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"],
+    ids=["empty", "cut", "a list", "a number", "null", "a text", "no UTF-8", "too deep", "too long a number"],
+)
+def test_what_is_no_json_object_is_named_with_its_remedy(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "value.json"
+    path.write_bytes(content)
+    with pytest.raises(KalmaGroveError) as caught:
+        read_json_object(path, "remove it to write it anew")
+    assert str(caught.value) == f"{path} is damaged; remove it to write it anew"
+
+
+def test_a_json_object_that_is_not_there_is_the_system_s_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_json_object(tmp_path / "value.json", "remove it")
 
 
 def test_finite_or_null_does_not_change_its_argument() -> None:

@@ -89,9 +89,7 @@ def source_of(images: ImageSet, path: Path, variant: Variant) -> ImageSource:
     return _InOneLine(**vars(made)) if variant.is_flat else made
 
 
-def fit(
-    images: ImageSet, path: Path, name: str, *, rate: float, seed: int, epochs: float, parameters: int = PARAMETERS
-) -> dict[str, Any]:
+def fit(images: ImageSet, path: Path, name: str, *, rate: float, seed: int, epochs: float) -> dict[str, Any]:
     """Trains a variant; scores of the validation and test split.
 
     Args:
@@ -101,7 +99,6 @@ def fit(
         rate: Multiplies the family's learning rates.
         seed: Of the model and the batches.
         epochs: Of the training images.
-        parameters: Of the model, as near as its width can be chosen.
     """
     variant = VARIANTS[name]
     source = source_of(images, path, variant)
@@ -110,7 +107,7 @@ def fit(
     data = prepare_examples(source, folder / kind)
     # The image before its label: what the scores are of.
     in_order = prepare_examples(replace(source, shuffles=False), folder / f"{kind}-in-order")
-    run = TrainingRun(_config(data, variant, rate, seed, epochs, parameters), data)
+    run = TrainingRun(_config(data, variant, rate, seed, epochs), data)
     best: dict[str, float] = {}
     weights: dict[str, Any] = {}
     seconds = 0.0
@@ -144,9 +141,8 @@ def chief_of(scores: dict[str, float]) -> str:
     return "bits_per_dimension" if "bits_per_dimension" in scores else "log_loss"
 
 
-def _config(
-    data: PackedExamples, variant: Variant, rate: float, seed: int, epochs: float, parameters: int
-) -> TrainConfig:
+def _config(data: PackedExamples, variant: Variant, rate: float, seed: int, epochs: float) -> TrainConfig:
+    """A model as near to PARAMETERS as its width can be chosen."""
     context = data.longest - 1
     steps = max(LOOKS, int(epochs * data.splits["train"].documents / BATCH_SIZE))
     options: dict[str, Any] = {"num_hidden_layers": LAYERS, "head_dim": HEAD_DIM}
@@ -156,7 +152,7 @@ def _config(
     def apart(width: int) -> float:
         sizes = {**data.model_options(), **options, "hidden_size": width, "max_position_embeddings": context}
         try:
-            return abs(count_parameters(build_empty(model_config(f"{variant.family}-tiny", sizes))).total - parameters)
+            return abs(count_parameters(build_empty(model_config(f"{variant.family}-tiny", sizes))).total - PARAMETERS)
         except UsageError:
             # The width cannot be divided into even heads.
             return math.inf

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError
 
 
 def write_text_atomic(path: Path, text: str) -> None:
@@ -65,6 +65,27 @@ def write_json_atomic(path: Path, value: Any) -> None:
         OSError: The document could not be written; the old content, if any, is still there.
     """
     write_text_atomic(path, json.dumps(finite_or_null(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """What a file of one JSON object holds.
+
+    Args:
+        path: The file.
+        remedy: What to do when the file is damaged, for the error's text.
+
+    Raises:
+        KalmaGroveError: It holds something else, or no text.
+        OSError: It cannot be read.
+    """
+    content = path.read_bytes()
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise KalmaGroveError(f"{path} is damaged; {remedy}") from error
+    if not isinstance(found, dict):
+        raise KalmaGroveError(f"{path} is damaged; {remedy}")
+    return found
 
 
 def finite_or_null(value: Any) -> Any:

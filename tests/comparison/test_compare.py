@@ -229,6 +229,12 @@ def test_another_comparison_in_the_folder_is_refused(finished: Path, packed: Pac
         run(finished, packed, config(seeds="0,4"))
 
 
+def test_a_plan_that_is_no_object_is_named(packed: PackedText, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(KalmaGroveError, match=r"plan\.json is damaged; remove it, and what is decided there"):
+        run(tmp_path, packed)
+
+
 def test_trials_choose_the_best_rate_on_the_validation_split_for_each_side(packed: PackedText, tmp_path: Path) -> None:
     results = run(tmp_path / "demo", packed, config(trials=3))
     for model in results["models"]:

@@ -99,6 +99,18 @@ def test_a_folder_that_is_not_a_compression_s_is_left_as_it_is(options: Compress
     assert thesis.read_text() == "mine" and list(thesis.parent.iterdir()) == [thesis]
 
 
+@pytest.mark.parametrize("content", ["[]", "null", "{"])
+def test_a_damaged_identity_is_named_and_its_folder_given_free(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "small.work"
+    WorkFolder(path, {"keep": 0.5}).close()
+    sound = (path / "identity.json").read_text()
+    (path / "identity.json").write_text(content)
+    with pytest.raises(KalmaGroveError, match=r"identity\.json is damaged; remove .*small\.work to begin anew"):
+        WorkFolder(path, {"keep": 0.5})
+    (path / "identity.json").write_text(sound)
+    WorkFolder(path, {"keep": 0.5}).close()
+
+
 def test_two_processes_do_not_compress_into_one_folder(options: CompressOptions) -> None:
     path = options.out.with_name("small.work")
 

@@ -108,8 +108,6 @@ def test_the_same_inputs_reuse_the_folder_without_reading_the_text(
     [
         ({"seed": 3}, "seed 0 and not 3"),
         ({"vocab_size": 280}, "vocab_size 270 and not 280"),
-        ({"valid_fraction": 0.1}, "valid_fraction 0.02 and not 0.1"),
-        ({"test_fraction": 0.1}, "test_fraction 0.02 and not 0.1"),
         ({"tokenizer": "packed"}, "vocab_size 270 and not left out"),
         ({"source": None}, r"source \S*text\.jsonl and not left out"),
     ],
@@ -123,6 +121,13 @@ def test_other_inputs_are_refused_and_nothing_is_overwritten(
     with pytest.raises(KalmaGroveError, match=f"packed was prepared with {message}; choose another folder or delete"):
         prepare(given.pop("source"), packed.folder, **given)
     assert (packed.folder / "manifest.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["valid_fraction", "test_fraction"])
+def test_a_folder_whose_text_was_divided_otherwise_is_refused(packed: PackedText, source: str, name: str) -> None:
+    edit_manifest(packed.folder, lambda manifest: manifest["inputs"].update({name: 0.1}))
+    with pytest.raises(KalmaGroveError, match=f"packed was prepared with {name} 0.1 and not 0.02; choose another"):
+        prepare(source, packed.folder, vocab_size=270)
 
 
 def test_a_changed_source_is_noticed(packed: PackedText, source: str) -> None:
@@ -229,11 +234,9 @@ def test_a_folder_that_another_process_made_meanwhile_is_kept(
     assert names(tmp_path) == {"first", "packed", "text.jsonl"}
 
 
-def test_options_out_of_range_are_refused_before_anything_is_written(source: str, tmp_path: Path) -> None:
+def test_too_small_a_vocabulary_is_refused_before_anything_is_written(source: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="vocab_size must be at least 258"):
         prepare(source, tmp_path / "packed", vocab_size=100)
-    with pytest.raises(UsageError, match="valid_fraction must be between 0 and 1"):
-        prepare(source, tmp_path / "packed", vocab_size=270, valid_fraction=-0.1)
     assert names(tmp_path) == {"text.jsonl"}
 
 

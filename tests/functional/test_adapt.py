@@ -19,7 +19,6 @@ SMALL = [
     "--loop.context_length", "24", "--loop.device", "cpu", "--data.vocab_size", "300",
 ]  # fmt: skip
 SHORT = ["--loop.batch_size", "4", "--loop.context_length", "24", "--loop.device", "cpu", "--rank", "3"]
-SHORT += ["--gradient_tokens", "1000"]
 CORES_ALONE = ["--bases", "weights", "--core", "dense"]
 
 
@@ -55,7 +54,8 @@ def base(request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, capsys
 
 
 def adapt(base: Path, domain: Path, *words: str) -> list[str]:
-    return ["adapt", str(base), "--data", str(domain), "--name", "legal", "--tokens", "6k", *SHORT, *words]
+    read = [] if "weights" in words else ["--gradient_tokens", "1000"]
+    return ["adapt", str(base), "--data", str(domain), "--name", "legal", "--tokens", "6k", *SHORT, *read, *words]
 
 
 @pytest.mark.parametrize("options", [CORES_ALONE, []], ids=["weights", "gradient"])
@@ -140,6 +140,11 @@ def test_mistakes_are_answered_in_one_line(base: Path, domain: Path, capsys: pyt
     wrong = [
         (["--name", "../up"], 2, "an adaptor's name has at most 64"),
         (["--bases", "both"], 2, "--bases must be gradient or weights"),
+        (
+            ["--bases", "weights", "--gradient_tokens", "9"],
+            2,
+            "--gradient_tokens is for --bases gradient; leave it out",
+        ),
         (["--core", "block"], 2, "--core must be diagonal or dense"),
         (["--rank", "0"], 2, "--rank must be at least 1"),
         (["--loop.context_length", "64"], 2, "longer than the base's context, 24 tokens"),

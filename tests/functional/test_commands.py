@@ -1,6 +1,7 @@
 """Whole commands as a user types them, in one process for speed: what they write, and what they answer to mistakes."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from kalmagrove import commands
 from kalmagrove.cli import COMMANDS, main
+from kalmagrove.commands.parsing import print_json
 
 SMALL = [
     "--model.hidden_size", "32", "--model.num_hidden_layers", "2", "--model.head_dim", "8", "--loop.batch_size", "4",
@@ -60,6 +63,29 @@ def test_train_then_eval_generate_and_info(trained: Path, text_file: Path, capsy
     code, out, _ = answer(capsys, "info", "--folder", str(trained), "--json")
     assert code == 0
     assert json.loads(out)["parameters"]["total"] == result["parameters"]["total"]
+
+
+@pytest.mark.parametrize("trained", ["llama"], indirect=True)
+def test_a_score_that_no_float_holds_is_null_in_json(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "one-word.txt"
+    text.write_text("x" * 3000)
+    code, out, error = answer(capsys, "eval", str(trained), "--data", str(text), "--device", "cpu", "--json")
+    assert code == 0, error
+    assert json.loads(out, parse_constant=pytest.fail)["word_perplexity"] is None
+
+
+def test_json_output_is_standard_json(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": math.nan, "runs": [math.inf, 1.5]})
+    assert capsys.readouterr().out == '{\n  "loss": null,\n  "runs": [\n    null,\n    1.5\n  ]\n}\n'
+    print_json({"losses": [-math.inf]}, indent=None)
+    assert capsys.readouterr().out == '{"losses": [null]}\n'
+
+
+def test_no_command_writes_json_by_itself() -> None:
+    modules = Path(commands.__file__).parent.glob("*.py")
+    assert [module.name for module in modules if "json.dump" in module.read_text()] == ["parsing.py"]
 
 
 def test_a_run_s_own_text_is_divided_as_it_was_for_its_training(

@@ -89,6 +89,8 @@ def llama_run(text_file: Path, capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["nowhere", "--keep", "0.5"], "nowhere is not a folder"),
         (["nowhere", "--keep", "2"], "--keep must be above 0 and at most 1, got 2"),
+        (["nowhere", "--keep", "0.5", "--batch_size", "4"], "--batch_size is of --refit; leave it out"),
+        (["nowhere", "--keep", "0.5", "--refit", "1m", "--batch_size", "0"], "--batch_size must be at least 1, got 0"),
         (["nowhere"], "give one of --keep, --rank and --target_ppl"),
         (["nowhere", "--keep", "0.5", "--calibration_tokens", "few"], "'few' is not a number of tokens"),
         (["nowhere", "--kept", "0.5"], "unknown flag --kept; did you mean --keep?"),

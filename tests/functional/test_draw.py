@@ -93,12 +93,13 @@ def test_labels_are_predicted_by_the_same_command_as_tables(
         (["--out", "taken.png"], 2, "taken.png exists already"),
         (["--out", "a.png", "--count", "0"], 2, "need --count >= 1"),
         (["--out", "a.png", "--kept", "1"], 2, "--kept must be at least 0 and below 1"),
+        (["--out", "a.png", "--kept", "0.5"], 2, "--kept is of the image that --begin names; leave it out"),
         (["--out", "a.png", "--label", "cat", "--every_label"], 2, "leave --label out"),
         (["--out", "a.png", "--label", "cow"], 1, "does not know the label 'cow'; it knows cat, dog"),
         (["--out", "a.png", "--begin", "missing.png"], 1, "there is no image file missing.png"),
         (["--out", "a.png", "--temprature", "1"], 2, "did you mean --temperature?"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_mistakes_are_one_line_and_leave_nothing(
     run: Path,
@@ -116,6 +117,29 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["taken.png"]
 
 
-def test_a_target_is_for_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, error = answer(capsys, "predict", str(run), "--data", str(run.parent / "pictures"), "--target", "label")
-    assert code == 2 and "--target is for tables" in error
+def test_half_of_a_begun_image_is_kept_where_nothing_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.full((4, 4, 3), 90, np.uint8)).save(tmp_path / "begun.png")
+    for name, kept in (("usual", []), ("half", ["--kept", "0.5"]), ("none", ["--kept", "0"])):
+        words = ["--begin", str(tmp_path / "begun.png"), *kept, "--out", str(tmp_path / f"{name}.png")]
+        assert answer(capsys, "draw", str(run), "--count", "2", *words)[0] == 0
+    usual, half, none = ((tmp_path / f"{name}.png").read_bytes() for name in ("usual", "half", "none"))
+    assert usual == half != none
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [
+        ("--target", "label", "is for tables; of images the label is predicted: leave it out"),
+        ("--quantiles", "0.1,0.9", "is for tables; of images the label is predicted: leave it out"),
+        ("--orders", "8", "is for tables; of images the label is predicted: leave it out"),
+        ("--seed", "0", "is for tables; of images the label is predicted: leave it out"),
+        ("--max_new_tokens", "64", "is for answers to texts with images and rows; leave it out"),
+    ],
+)
+def test_flags_that_do_nothing_for_images_are_refused(
+    run: Path, flag: str, value: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, error = answer(capsys, "predict", str(run), "--data", str(run.parent / "pictures"), flag, value)
+    assert (code, out, error) == (2, "", f"kalmagrove: {flag} {reason}\n")

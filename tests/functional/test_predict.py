@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kalmagrove.cli import main
+from kalmagrove.commands.predict import make_predict_parser
 from kalmagrove.evaluation.table_files import write_rows
 
 TRAIN = [
@@ -83,6 +84,14 @@ def test_without_a_target_every_gap_is_filled(
     assert 0 <= int(rows[1]["size"]) <= 9
 
 
+def test_what_is_left_out_has_the_value_that_the_help_names(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["predict", str(run), "--data", new(run), "--target", "size", "--json"]
+    usual = ["--quantiles", "0.1,0.5,0.9", "--orders", "8", "--seed", "0", "--batch_size", "64"]
+    assert answer(capsys, *words) == answer(capsys, *words, *usual)
+    shown = " ".join(make_predict_parser().format_help().split())
+    assert all(f"left out: {value}" in shown for value in usual[1::2])
+
+
 def test_the_same_words_give_the_same_answer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["predict", str(run), "--data", new(run), "--target", "size", "--json"]
     assert answer(capsys, *words) == answer(capsys, *words)
@@ -99,6 +108,9 @@ MISTAKES: dict[str, tuple[list[str], str, int]] = {
     ),
     "no quantile": (["--target", "size", "--quantiles", "half"], "got 'half'", 2),
     "no order": (["--orders", "0"], "--orders >= 1", 2),
+    "no token": (["--max_new_tokens", "0"], "--max_new_tokens >= 1", 2),
+    "quantiles of every gap": (["--quantiles", "0.5"], "--quantiles is of one column; name it with --target", 2),
+    "tokens of an answer": (["--max_new_tokens", "9"], "--max_new_tokens is for answers to texts with images", 2),
     "another kind of file": (["--out", "x.xlsx"], "x.xlsx must end in .csv or .jsonl", 2),
     "a folder that is not there": (["--out", "none/x.csv"], "there is no folder none; make it first", 2),
     "an unknown device": (["--device", "abacus"], "unknown device 'abacus'", 2),

@@ -52,6 +52,7 @@ def test_sweep_fit_plan_and_report(
     [
         ([], "needs --out"),
         (["--out", "x", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--out", "x", "--flops_per_second", "1e9"], "--flops_per_second is for --dry_run; leave it out"),
         (["--dry_run", "--flops_per_second", "0"], "--flops_per_second must be positive, got 0"),
         (["--out", "x", "--sizes", "[16x]"], "size '16x' is not width x layers"),
         (["--out", "x", "--families", "bert"], "unknown family 'bert'"),

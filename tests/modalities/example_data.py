@@ -44,8 +44,11 @@ class TinySource:
     def modalities(self) -> dict[str, dict[str, Any]]:
         return {
             "number": {"placeholder": self.id_of("<number>"), "bins": [BINS]},
-            "patch": {"placeholder": self.id_of("<patch>"), "patch_size": 2, "channels": 1, "levels": LEVELS},
-        }
+            "patch": {
+                "placeholder": self.id_of("<patch>"), "patch_size": 2, "channels": 1, "levels": LEVELS,
+                "rows": 2, "columns": 2,
+            },
+        }  # fmt: skip
 
     def examples(self, split: str) -> Iterator[Example]:
         generator = np.random.Generator(np.random.PCG64(["train", "valid", "test"].index(split)))
@@ -58,8 +61,8 @@ class TinySource:
         patch, number = self.id_of("<patch>"), self.id_of("<number>")
         word = self.id_of("<bright>" if level >= LEVELS // 2 else "<dark>")
         features = np.array([[0, level / (LEVELS - 1), level - 3.5, level * BINS // LEVELS]])
-        picture = Part(
-            np.full(4, patch), np.ones(4, bool), {"patch": pixels}, np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
-        )
+        places = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
+        patches = np.hstack((pixels, [*places[1:], [2, 2]]))
+        picture = Part(np.full(4, patch), np.ones(4, bool), {"patch": patches}, places)
         brightness = Part(np.array([number]), np.ones(1, bool), {"number": features})
         return Example((picture, brightness, Part(np.array([word]), np.ones(1, bool))), values=18, size=18)

@@ -52,7 +52,7 @@ def test_no_position_sees_a_later_element(data: PackedExamples, family: str) -> 
     before = logits(model, rows)
     for place in range(1, rows.tokens.shape[1] - 1):
         changed = {name: values.clone() for name, values in rows.features.items()}
-        changed["patch"][:, place:] += 1
+        changed["patch"][:, place:, :4] += 1
         changed["number"][:, place:, 1:3] += 0.3
         after = logits(model, replace(rows, features=changed))
         assert torch.equal(after[:, :place], before[:, :place])
@@ -64,7 +64,7 @@ def test_no_position_sees_a_later_element(data: PackedExamples, family: str) -> 
 def test_elements_and_axes_reach_the_logits(data: PackedExamples, family: str) -> None:
     model, rows = small_model(data, family), data.rows("train", range(4))
     before = logits(model, rows)
-    darker = {**rows.features, "patch": rows.features["patch"] * 0.5}
+    darker = {**rows.features, "patch": rows.features["patch"] * torch.tensor([0.5] * 4 + [1] * 2)}
     assert not torch.allclose(logits(model, replace(rows, features=darker)), before)
     assert rows.axes is not None
     assert not torch.allclose(logits(model, replace(rows, axes=rows.axes.flip(-1))), before, atol=1e-6)

@@ -12,13 +12,22 @@ import yaml
 from kalmagrove.cli import main
 from kalmagrove.comparison import compare as compare_module
 from kalmagrove.comparison.spikes import spikes_in_a_thousand
-from kalmagrove.errors import UsageError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.report.results import Results
 from kalmagrove.reproduction.answers import Answer, all_of, judge_below
 from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.cost import study_costs
-from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, tokens_to_reach, trained_rates
+from kalmagrove.reproduction.evidence import (
+    OTHER_TEXT,
+    Evidence,
+    Study,
+    TrainedRates,
+    read_other_text,
+    tokens_to_reach,
+    trained_rates,
+)
 from kalmagrove.reproduction.headline import headline
+from kalmagrove.reproduction.origin import PLAN, read_origin
 from kalmagrove.reproduction.pairs import PAPER, pairs_of
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
@@ -364,6 +373,18 @@ def test_a_small_reproduction_ends_in_a_page_and_goes_on_where_it_stopped(
     assert "another scale or text" in capsys.readouterr().err
     assert main(["report", "claims", str(tmp_path)]) == 1
     assert "give the --out of kalmagrove reproduce" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", "[" * 100_000], ids=["a list", "a number", "cut", "too deep"])
+def test_a_document_that_is_no_object_is_named_with_its_remedy(content: str, tmp_path: Path) -> None:
+    for name, read, remedy in (
+        (OTHER_TEXT, read_other_text, "remove it to score that text again"),
+        (PLAN, read_origin, "remove it to write it anew"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(KalmaGroveError) as caught:
+            read(tmp_path)
+        assert str(caught.value) == f"{tmp_path / name} is damaged; {remedy}"
 
 
 def test_wrong_input_is_named_before_anything_is_trained(

@@ -222,6 +222,10 @@ def test_the_command_plans_from_a_fit(
         (["--loss", "3", "--unique_tokens", "1m"], "--loss asks for the cheapest run on text without end"),
         (["--flops", "1e9", "--data", "x", "--unique_tokens", "1m"], "say the same; give one of them"),
         (["--flops", "1e9", "--measure"], "--measure needs the fit of a sweep"),
+        (
+            ["--hours", "1", "--measure", "--flops_per_second", "1e9"],
+            "--flops_per_second is what --measure finds out; give one of them",
+        ),
     ],
 )
 def test_a_wrong_question_is_named(

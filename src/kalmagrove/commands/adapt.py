@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from kalmagrove.adaptation.config import AdaptConfig, BaseConfig
 from kalmagrove.adaptors.options import DEFAULT_RATES, AdaptorOptions
-from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
+from kalmagrove.commands.parsing import build, make_parser, open_text, parse, print_json, require_left_out, say
 from kalmagrove.training.config import DataConfig, LoopConfig, OptimConfig, TrackerName
 
 SHORT = {f"--{name}": f"--loop.{name}" for name in ("tokens", "seed")} | {"--lr": "--optim.lr"}
@@ -55,7 +55,10 @@ def make_adapt_parser() -> ArgumentParser:
         help="gradient: where the text pulls, kept in the file; weights: the model's own, a file of cores alone",
     )
     parser.add_argument(
-        "--gradient_tokens", type=int, default=AdaptorOptions.gradient_tokens, help="read to find the gradient's bases"
+        "--gradient_tokens",
+        type=int,
+        default=None,
+        help=f"read before each round to find the gradient's bases; left out: {AdaptorOptions.gradient_tokens}",
     )
     parser.add_argument(
         "--rounds",
@@ -80,9 +83,7 @@ def run(words: Sequence[str]) -> None:
     """Trains one adaptor into a run folder."""
     parser = make_adapt_parser()
     options = build(parser, parse(parser, words, SHORT))
-    adaptor = AdaptorOptions(
-        options.name, options.rank, options.core, options.bases, options.gradient_tokens, options.rounds
-    )
+    adaptor = _adaptor_options(options)
     from kalmagrove.adaptation.adapting import adapt
     from kalmagrove.adaptors.fingerprint import model_fingerprint
     from kalmagrove.adaptors.opening import default_run_folder
@@ -104,9 +105,16 @@ def run(words: Sequence[str]) -> None:
     _show(adapt(config, open_text(config.data), folder, say=say), folder, as_json=options.json)
 
 
+def _adaptor_options(options: Namespace) -> AdaptorOptions:
+    if options.bases == "weights":
+        require_left_out(options, ("gradient_tokens",), "is for --bases gradient; leave it out")
+    names = [item.name for item in fields(AdaptorOptions)]
+    return AdaptorOptions(**{name: options[name] for name in names if options[name] is not None})
+
+
 def _show(result: dict[str, Any], folder: Path, *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
         return
     from kalmagrove.evaluation.perplexity import describe_perplexity
 

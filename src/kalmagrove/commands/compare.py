@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.comparison.config import CompareConfig, check_workers
 
@@ -64,7 +63,7 @@ def run(words: Sequence[str]) -> None:
     if not world.is_first:
         return
     if options.json:
-        print(json.dumps(results, indent=2))
+        print_json(results)
         return
     show(folder)
 

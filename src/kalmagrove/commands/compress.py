@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse, say
+from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out, say
 from kalmagrove.compression.options import CompressOptions
 from kalmagrove.live_display import LiveDisplay
 from kalmagrove.training.config import parse_count
@@ -49,7 +48,9 @@ def make_compress_parser() -> ArgumentParser:
     parser.add_argument(
         "--refit", type=str, default=None, help="train all factors afterwards: 10m is ten minutes, 500k are tokens"
     )
-    parser.add_argument("--batch_size", type=int, default=4, help="windows of a refit step")
+    parser.add_argument(
+        "--batch_size", type=int, default=None, help=f"windows of a refit step; left out: {CompressOptions.batch_size}"
+    )
     parser.add_argument("--dense_out", type=Path, default=None, help="a plain folder of the source's architecture, too")
     parser.add_argument("--seed", type=int, default=0, help="of all draws")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -60,10 +61,12 @@ def make_compress_parser() -> ArgumentParser:
 
 def run(words: Sequence[str]) -> None:
     """Compresses a model and prints what it costs before and after."""
-    parsed = parse(make_compress_parser(), words).as_dict()
-    as_json = parsed.pop("json")
-    parsed["calibration_tokens"] = parse_count(parsed["calibration_tokens"])
-    options = CompressOptions(**parsed)
+    parsed = parse(make_compress_parser(), words)
+    if parsed.refit is None:
+        require_left_out(parsed, ("batch_size",), "is of --refit; leave it out")
+    given = {name: value for name, value in parsed.as_dict().items() if value is not None}
+    as_json = given.pop("json")
+    options = CompressOptions(**given | {"calibration_tokens": parse_count(parsed.calibration_tokens)})
     if options.data is None:
         say("calibrating on the built-in corpus, Python code: give --data with the kind of text that the model is for")
     from kalmagrove.compression.compress import compress
@@ -71,7 +74,7 @@ def run(words: Sequence[str]) -> None:
     with _Bar() as progress:
         result = compress(options, progress)
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        print_json(result.to_dict())
         return
     _show(result, options)
 

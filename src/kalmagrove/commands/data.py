@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import after_second_word, build, make_parser, open_data, parse, say
+from kalmagrove.commands.parsing import after_second_word, build, make_parser, open_data, parse, print_json, say
 from kalmagrove.training.config import DataConfig
 
 SHORT = {"--data": "--source"}
@@ -34,7 +33,7 @@ def run(words: Sequence[str]) -> None:
     data = open_data(config)
     if options.json:
         splits = {name: asdict(info) for name, info in data.splits.items()}
-        print(json.dumps({"folder": str(data.folder), "fingerprint": data.fingerprint, "splits": splits}, indent=2))
+        print_json({"folder": str(data.folder), "fingerprint": data.fingerprint, "splits": splits})
         return
     for name, info in data.splits.items():
         print(f"{name:<6}{info.tokens:>14,} tokens {info.words:>14,} words {info.documents:>10,} documents")

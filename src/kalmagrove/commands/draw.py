@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out
 from kalmagrove.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from kalmagrove.data.images.format import ImageFormat
     from kalmagrove.evaluation.modality_model import ModalityModel
 
+KEPT = 0.5
 EXAMPLES = """\
   kalmagrove draw runs/digits --label 3 --out threes.png
   kalmagrove draw runs/digits --every_label --count 8 --out digits.png
@@ -34,7 +34,12 @@ def make_draw_parser() -> ArgumentParser:
     parser.add_argument("--label", type=str, default=None, help="their class; left out: whatever comes")
     parser.add_argument("--every_label", action="store_true", help="a row for each class")
     parser.add_argument("--begin", type=str, default=None, help="an image whose beginning is kept, a PNG or JPEG")
-    parser.add_argument("--kept", type=float, default=0.5, help="share of the patches that are kept, in their order")
+    parser.add_argument(
+        "--kept",
+        type=float,
+        default=None,
+        help=f"share of that image's patches that are kept, in their order; left out: {KEPT:g}",
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 likelier images; 0 takes means")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--batch_size", type=int, default=64, help="images that are drawn at once")
@@ -58,7 +63,7 @@ def run(words: Sequence[str]) -> None:
     columns = options.count if options.every_label else ceil(options.count**0.5)
     write_png(image_grid(images, columns, form.levels), options.out)
     if options.json:
-        print(json.dumps({"out": str(options.out), "images": len(images), "label": options.label}))
+        print_json({"out": str(options.out), "images": len(images), "label": options.label}, indent=None)
         return
     print(f"{options.out}: {len(images)} images of {form.height} x {form.width} pixels")
 
@@ -66,8 +71,10 @@ def run(words: Sequence[str]) -> None:
 def _check(options: Namespace) -> None:
     if min(options.count, options.batch_size) < 1 or options.temperature < 0 or not 0 <= options.seed < 2**63:
         raise UsageError("need --count >= 1, --batch_size >= 1, --temperature >= 0 and --seed between 0 and 2**63")
-    if not 0 <= options.kept < 1:
+    if options.kept is not None and not 0 <= options.kept < 1:
         raise UsageError(f"--kept must be at least 0 and below 1, got {options.kept}")
+    if options.begin is None:
+        require_left_out(options, ("kept",), "is of the image that --begin names; leave it out")
     if options.every_label and options.label is not None:
         raise UsageError("--every_label draws all labels; leave --label out")
     if options.out.suffix.lower() != ".png":
@@ -98,7 +105,7 @@ def _drawn(opened: ModalityModel, form: ImageFormat, options: Namespace) -> np.n
     begun, kept = None, 0
     if options.begin is not None:
         begun = form.prepared(_at_levels(read_image(Path(options.begin)), form.levels), options.begin)
-        kept = int(len(form.places) * options.kept)
+        kept = int(len(form.places) * (KEPT if options.kept is None else options.kept))
     generator = torch.Generator().manual_seed(options.seed)
     batches = [
         draw_images(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out
 from kalmagrove.errors import UsageError
 
 EXAMPLES = """\
@@ -56,7 +55,7 @@ def run(words: Sequence[str]) -> None:
     if options.tasks is not None:
         _run_tasks(options)
         return
-    _require_left_out(options, ONLY_OF_TASKS, "is for --tasks; name the tasks too")
+    require_left_out(options, ONLY_OF_TASKS, "is for --tasks; name the tasks too")
     from kalmagrove.evaluation.perplexity import describe_optimum
     from kalmagrove.evaluation.text import score_text
 
@@ -72,7 +71,7 @@ def run(words: Sequence[str]) -> None:
         adaptor=options.adaptor,
     )
     if options.json:
-        print(json.dumps(scores.to_dict(), indent=2))
+        print_json(scores.to_dict())
         return
     print(f"loss            {scores.loss:.4f} nats a token over {scores.tokens:,} tokens")
     print(f"perplexity      {scores.perplexity:.3f} a token")
@@ -102,7 +101,7 @@ def _resolved(source: str | None) -> str | None:
 
 
 def _run_tasks(options: Namespace) -> None:
-    _require_left_out(options, NOT_OF_TASKS, "is for a text; leave it out with --tasks")
+    require_left_out(options, NOT_OF_TASKS, "is for a text; leave it out with --tasks")
     if options.task_data is None:
         raise UsageError("--tasks needs --task_data, the folder that holds TASK.jsonl for each task")
     from kalmagrove.evaluation.tasks import task_names
@@ -123,7 +122,7 @@ def _run_tasks(options: Namespace) -> None:
         adaptor=options.adaptor,
     )
     if options.json:
-        print(json.dumps(scores, indent=2))
+        print_json(scores)
         return
     for name, found in scores.items():
         print(f"{name:<15} {_describe(found)}")
@@ -141,9 +140,3 @@ def _describe(found: dict[str, Any]) -> str:
         parts.append(f"perplexity {found['perplexity']:.3f}")
     cut = f" (prompts cut to the context: {found['cut']:,})" if found["cut"] else ""
     return f"{', '.join(parts)} over {found['rows']:,} questions{cut}"
-
-
-def _require_left_out(options: Namespace, names: Sequence[str], reason: str) -> None:
-    for name in names:
-        if options[name] is not None:
-            raise UsageError(f"--{name} {reason}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.parsing import make_parser, parse, print_json
 
 EXAMPLES = """\
   kalmagrove generate runs/book "Once upon a time" --max_new_tokens 200
@@ -48,7 +47,7 @@ def run(words: Sequence[str]) -> None:
         adaptor=options.adaptor,
     )
     if options.json:
-        print(json.dumps({"prompt": options.prompt, "text": "".join(pieces)}))
+        print_json({"prompt": options.prompt, "text": "".join(pieces)}, indent=None)
         return
     sys.stdout.write(options.prompt)
     for piece in pieces:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, get_args
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, parse
+from kalmagrove.commands.parsing import build, make_parser, parse, print_json
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import ModelConfig, OptimizerName
 
@@ -49,7 +48,7 @@ def run(words: Sequence[str]) -> None:
     _check(options)
     facts = _compressed_facts(options) or describe(options)
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     if "architecture" in facts:
         _show_compressed(facts)

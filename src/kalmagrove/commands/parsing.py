@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import sys
@@ -20,6 +21,7 @@ from kalmagrove.commands.progress import DataProgress
 from kalmagrove.data.packing import PackedText, default_data_folder, prepare
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.errors import UsageError, first_line
+from kalmagrove.files import finite_or_null
 from kalmagrove.training.config import USUAL_VOCABULARY, DataConfig
 
 if TYPE_CHECKING:
@@ -100,6 +102,32 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def json_text(value: Any, *, indent: int | None = 2) -> str:
+    """Standard JSON, which every reader takes; floats that are not finite are null."""
+    return json.dumps(finite_or_null(value), indent=indent, allow_nan=False)
+
+
+def print_json(value: Any, *, indent: int | None = 2) -> None:
+    """A command's output as JSON, in one line where ``indent`` is None."""
+    print(json_text(value, indent=indent))
+
+
+def require_left_out(options: Namespace, names: Sequence[str], reason: str) -> None:
+    """That flags which would do nothing were not given.
+
+    Args:
+        options: Of a parser in which these flags have no default.
+        names: The flags.
+        reason: Why one does nothing, and what to do, behind its name.
+
+    Raises:
+        UsageError: One was given.
+    """
+    for name in names:
+        if options[name] is not None:
+            raise UsageError(f"--{name} {reason}")
+
+
 def open_text(config: DataConfig) -> PackedText:
     """As :func:`open_data`, for what takes text alone.
 
@@ -129,12 +157,12 @@ def open_data(config: DataConfig, *, may_prepare: bool = True) -> TrainingData:
 
     if config.source is not None and is_training_data(Path(config.source).expanduser()):
         packed = open_training_data(Path(config.source).expanduser())
-        _require_left_out(config, f"data.source {config.source} is packed already, with", packed.vocab_size)
+        _require_usual(config, f"data.source {config.source} is packed already, with", packed.vocab_size)
         return packed
     if config.modality != "text":
         return _open_examples(config, may_prepare)
     if is_synthetic(config.source):
-        _require_left_out(config, f"data.source {config.source} comes with")
+        _require_usual(config, f"data.source {config.source} comes with")
     assert config.vocab_size is not None
     folder = default_data_folder(
         config.source, config.vocab_size, config.tokenizer, config.seed, root=Path(config.folder)
@@ -169,7 +197,7 @@ def _require_here(folder: Path, may_prepare: bool) -> None:
         raise UsageError(f"the packed data {folder} is not here; run this in the folder where it was made")
 
 
-def _require_left_out(config: DataConfig, reason: str, vocab_size: int | None = None) -> None:
+def _require_usual(config: DataConfig, reason: str, vocab_size: int | None = None) -> None:
     """A text that has its own tokeniser and splits is not given others."""
     usual = {
         "tokenizer": (None,),

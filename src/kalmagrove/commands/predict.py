@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, parse, say
+from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out, say
 from kalmagrove.errors import UsageError
 from kalmagrove.files import write_text_atomic
 
@@ -22,6 +21,9 @@ EXAMPLES = """\
   kalmagrove predict runs/houses --data test.csv --target price --quantiles 0.05,0.95 --out prices.csv
   kalmagrove predict runs/houses --data gaps.csv --out complete.csv"""
 OUT_SUFFIXES = (".csv", ".jsonl")
+FOR_TABLES = ("target", "quantiles", "orders", "seed")
+USUAL = {"quantiles": "0.1,0.5,0.9", "orders": 8, "seed": 0, "batch_size": 64, "max_new_tokens": 64}
+"""Values of the flags that are not for every model, where they are left out."""
 
 
 def make_predict_parser() -> ArgumentParser:
@@ -37,30 +39,47 @@ def make_predict_parser() -> ArgumentParser:
     parser.add_argument("--data", type=str, required=True, help="rows or images, as for train")
     parser.add_argument("--target", type=str, default=None, help="the column; left out: every missing cell")
     parser.add_argument("--out", type=Path, default=None, help="a new .csv or .jsonl; left out: printed as CSV")
-    parser.add_argument("--quantiles", type=str, default="0.1,0.5,0.9", help="of numbers and dates")
-    parser.add_argument("--orders", type=int, default=8, help="orders of the known columns to average over")
-    parser.add_argument("--seed", type=int, default=0, help="of the orders")
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences at once")
+    parser.add_argument("--quantiles", type=str, default=None, help=_help("quantiles", "of numbers and dates"))
+    parser.add_argument("--orders", type=int, default=None, help=_help("orders", "of known columns to average over"))
+    parser.add_argument("--seed", type=int, default=None, help=_help("seed", "of the orders"))
+    parser.add_argument("--batch_size", type=int, default=None, help=_help("batch_size", "sequences at once"))
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=None,
+        help=_help("max_new_tokens", "most tokens of an answer to a text with images and rows"),
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--precision", type=str, default="auto", help="auto, bf16 or fp32")
     parser.add_argument("--json", action="store_true", help="print the scores as JSON, and without --out the rows too")
     return parser
 
 
+def _help(flag: str, text: str) -> str:
+    return f"{text}; left out: {USUAL[flag]}"
+
+
 def run(words: Sequence[str]) -> None:
     """Predicts, prints or writes, and scores."""
-    options = parse(make_predict_parser(), words)
+    given = parse(make_predict_parser(), words)
+    options = _with_usual(given)
     quantiles = parse_quantiles(options.quantiles)
-    if min(options.orders, options.batch_size) < 1 or not 0 <= options.seed < 2**63:
-        raise UsageError("need --orders >= 1, --batch_size >= 1 and --seed between 0 and 2**63")
+    if min(options.orders, options.batch_size, options.max_new_tokens) < 1 or not 0 <= options.seed < 2**63:
+        raise UsageError("need --orders >= 1, --batch_size >= 1, --max_new_tokens >= 1 and --seed between 0 and 2**63")
     _check_out(options.out)
     from kalmagrove.evaluation.modality_model import open_modality_model
 
     opened = open_modality_model(options.model, device=options.device, precision=options.precision)
+    _refuse_what_does_nothing(opened.schema.get("modality"), given)
     found = _predict(opened, options, quantiles)
     for note in found.notes:
         say(note)
     _put_out(found, options)
+
+
+def _with_usual(given: Namespace) -> Namespace:
+    """The flags, with their usual values where they were left out."""
+    return Namespace(**given.as_dict() | {name: usual for name, usual in USUAL.items() if given[name] is None})
 
 
 def parse_quantiles(text: str) -> list[float]:
@@ -89,20 +108,28 @@ def _check_out(out: Path | None) -> None:
         raise UsageError(f"--out: there is no folder {out.parent}; make it first")
 
 
+def _refuse_what_does_nothing(modality: Any, given: Namespace) -> None:
+    if modality == "image":
+        require_left_out(given, FOR_TABLES, "is for tables; of images the label is predicted: leave it out")
+    if modality == "mixed":
+        require_left_out(given, FOR_TABLES, "is for tables; leave it out")
+        require_left_out(given, ("batch_size",), "is for tables and images; leave it out")
+    if modality in ("image", "table"):
+        require_left_out(given, ("max_new_tokens",), "is for answers to texts with images and rows; leave it out")
+    if modality == "table" and given.target is None:
+        require_left_out(given, ("quantiles",), "is of one column; name it with --target")
+
+
 def _predict(opened: ModalityModel, options: Namespace, quantiles: list[float]) -> Predictions:
     modality = opened.schema.get("modality")
     if modality == "image":
-        if options.target is not None:
-            raise UsageError("--target is for tables; of images the label is predicted: leave it out")
         from kalmagrove.evaluation.image_predictions import predict_images
 
         return predict_images(opened, options.data, batch_size=options.batch_size)
     if modality == "mixed":
-        if options.target is not None:
-            raise UsageError("--target is for tables; leave it out")
         from kalmagrove.evaluation.mixed_answers import predict_answers
 
-        return predict_answers(opened, options.data)
+        return predict_answers(opened, options.data, max_new_tokens=options.max_new_tokens)
     if modality != "table":
         raise UsageError(f"{options.model} was trained on {modality}, not on a table or on images")
     from kalmagrove.data.tables.codec import open_codec
@@ -123,9 +150,7 @@ def _put_out(found: Predictions, options: Namespace) -> None:
         write_text_atomic(options.out, write_rows(found.rows, options.out.suffix))
     if options.json:
         result: dict[str, Any] = {"scores": found.scores}
-        print(
-            json.dumps(result | ({"rows": found.rows} if options.out is None else {"out": str(options.out)}), indent=2)
-        )
+        print_json(result | ({"rows": found.rows} if options.out is None else {"out": str(options.out)}))
         return
     if options.out is None:
         sys.stdout.write(write_rows(found.rows, ".csv"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, open_data, parse
+from kalmagrove.commands.parsing import make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, check_worker_count, started_processes, together
 from kalmagrove.errors import UsageError
 from kalmagrove.reproduction.answers import Answer
@@ -76,7 +75,10 @@ def run(words: Sequence[str]) -> None:
         from kalmagrove.reproduction.cost import cost_page, study_costs
 
         costs = study_costs(chosen)
-        print(json.dumps([asdict(cost) for cost in costs], indent=2) if options.json else cost_page(costs, speed))
+        if options.json:
+            print_json([asdict(cost) for cost in costs])
+        else:
+            print(cost_page(costs, speed))
         return
     if started_processes("reproduce", words, options.nproc):
         return
@@ -99,7 +101,7 @@ def run(words: Sequence[str]) -> None:
     if not world.is_first:
         return
     if options.json:
-        print(json.dumps([asdict(answer) for answer in answers], indent=2))
+        print_json([asdict(answer) for answer in answers])
         return
     show_answers(answers, folder)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse, say
+from kalmagrove.commands.parsing import make_parser, parse, print_json, say
 from kalmagrove.errors import UsageError
 
 EXAMPLES = """\
@@ -73,4 +72,7 @@ def run(words: Sequence[str]) -> None:
         out = out or (options.runs[0] / LAW_FOLDER if options.runs[0].is_dir() else None)
     if out is not None:
         write_pages(summary, out)
-    print(json.dumps(summary, indent=2) if options.json else markdown(summary), end="")
+    if options.json:
+        print_json(summary)
+        return
+    print(markdown(summary), end="")

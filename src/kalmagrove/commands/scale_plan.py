@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, open_text, parse, say
+from kalmagrove.commands.parsing import make_parser, open_text, parse, print_json, require_left_out, say
 from kalmagrove.errors import UsageError
 from kalmagrove.training.config import DataConfig, parse_count
 
@@ -67,7 +66,10 @@ def run(words: Sequence[str]) -> None:
         measure=options.measure,
         say=say,
     )
-    print(json.dumps(found, indent=2) if options.json else markdown_of_advice(found))
+    if options.json:
+        print_json(found)
+    else:
+        print(markdown_of_advice(found))
 
 
 def _check(options: Namespace) -> None:
@@ -81,6 +83,8 @@ def _check(options: Namespace) -> None:
             raise UsageError(f"--{name} must be positive, got {value:g}")
     if options.devices < 1:
         raise UsageError(f"--devices must be at least 1, got {options.devices}")
+    if options.measure:
+        require_left_out(options, ("flops_per_second",), "is what --measure finds out; give one of them")
     if options.data is not None and options.unique_tokens is not None:
         raise UsageError("--data and --unique_tokens say the same; give one of them")
     if options.loss is not None and (options.data or options.unique_tokens):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_text, parse, say
+from kalmagrove.commands.parsing import build, make_parser, open_text, parse, print_json, require_left_out, say
 from kalmagrove.commands.processes import check_worker_count
 from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import SweepConfig
@@ -56,6 +55,8 @@ def run(words: Sequence[str]) -> None:
     check_worker_count(options.workers)
     if options.flops_per_second is not None and not 0 < options.flops_per_second < float("inf"):
         raise UsageError(f"--flops_per_second must be positive, got {options.flops_per_second:g}")
+    if not options.dry_run:
+        require_left_out(options, ("flops_per_second",), "is for --dry_run; leave it out")
     if options.out is None and not options.dry_run:
         raise UsageError("kalmagrove scale sweep needs --out, the folder of the runs")
     from kalmagrove.scaling.sweep import sweep
@@ -80,7 +81,7 @@ def run(words: Sequence[str]) -> None:
         command="kalmagrove scale sweep " + shlex.join(words),
     )
     if options.json:
-        print(json.dumps(facts, indent=2))
+        print_json(facts)
         return
     for family in facts["tuning"] if config.trials > 1 else []:
         print(_tuning_line(family))
@@ -119,6 +120,6 @@ def _show_costs(
             }
             for cost in costs
         ]
-        print(json.dumps({"runs": rows, "workers": workers}, indent=2))
+        print_json({"runs": rows, "workers": workers})
         return
     print(cost_table(costs, workers=workers))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.training.config import TrainConfig
 
@@ -61,7 +60,7 @@ def run(words: Sequence[str]) -> None:
     if not world.is_first:
         return
     if options.json:
-        print(json.dumps(result, indent=2))
+        print_json(result)
         return
     test = result["test"]
     perplexity = describe_perplexity(test["perplexity"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse
+from kalmagrove.commands.parsing import json_text, make_parser, parse
 from kalmagrove.commands.run_view import line, view
 from kalmagrove.training.watching import FolderWatch, RunState
 
@@ -106,7 +105,7 @@ def follow_in_lines(
         for state in states:
             if _is_due(state, printed.get(state.name), clock()):
                 printed[state.name] = clock(), state
-                say(json.dumps(state.to_dict()) if as_json else line(state))
+                say(json_text(state.to_dict(), indent=None) if as_json else line(state))
         if once or watch.has_ended(states) or wait(SECONDS_BETWEEN_LOOKS):
             return
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,7 @@ from kalmagrove.comparison.runs import PlannedRun, Say, chosen_rates, known_loss
 from kalmagrove.comparison.side_by_side import train_side_by_side
 from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import write_json_atomic
+from kalmagrove.files import read_json_object, write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
 from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options, usual_options
@@ -97,13 +95,7 @@ class _Plan:
     def _read(self) -> dict[str, Any]:
         if not self.path.exists():
             return {}
-        try:
-            values: dict[str, Any] = json.loads(self.path.read_text("utf-8"))
-        except ValueError as error:
-            raise KalmaGroveError(
-                f"{self.path} is damaged; remove it, and what is decided there is decided anew"
-            ) from error
-        return values
+        return read_json_object(self.path, "remove it, and what is decided there is decided anew")
 
     def update(self, **values: Any) -> None:
         """Adds what the first process decided, infinities as None; all processes must call this together."""

@@ -96,17 +96,16 @@ def compact_basis(directions: Tensor) -> Compact:
     return Compact(places.to(torch.int32), torch.linalg.solve(pivots, others))
 
 
-def best_reader(weight: Tensor, basis: Compact, inputs: Tensor, cross: Tensor | None = None) -> Tensor:
+def best_reader(weight: Tensor, basis: Compact, inputs: Tensor) -> Tensor:
     """U (out_features, rank) that makes U V^T x closest to what the matrix gives, in the mean square.
 
     Args:
         weight: W, (out_features, in_features).
         basis: V^T.
         inputs: E[x x^T] of what the basis reads.
-        cross: E[x* x^T], where W is meant to be applied to another x*, as that of the dense model; None is x itself.
     """
     reads = basis.matrix().double()
     seen = reads @ inputs.double() @ reads.T
-    wanted = weight.double() @ (inputs if cross is None else cross).double() @ reads.T
+    wanted = weight.double() @ inputs.double() @ reads.T
     _, inverse = cholesky_root(seen)
     return wanted @ inverse.T @ inverse

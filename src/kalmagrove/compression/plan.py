@@ -164,7 +164,6 @@ def merge_groups(
     matrices: Sequence[Matrix],
     price: float,
     losses_of: Callable[[tuple[int, ...]], Tensor],
-    progress: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Lets groups share a basis as long as that lowers loss + price x parameters.
 
@@ -176,7 +175,6 @@ def merge_groups(
         matrices: All of them.
         price: Nats of a parameter.
         losses_of: Losses of ranks 0 ... in_features of members that share a basis.
-        progress: Called after each look at a pair.
     """
     merged = list(groups)
     gains: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[float, Group]] = {}
@@ -189,7 +187,6 @@ def merge_groups(
                 union = Group(both, first.in_features, first.out_features + second.out_features, losses_of(both))
                 apart = first.best_rank(price)[1] + second.best_rank(price)[1]
                 gains[key] = apart - union.best_rank(price)[1], union
-                progress()
             gain, union = gains[key]
             if gain > 0 and (best is None or gain > best[0]):
                 best = gain, first, second, union

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -106,6 +106,65 @@ class _State:
     next_evaluation: float = 1 / EVALUATIONS
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A refit under way.
+
+    Attributes:
+        model: Compressed.
+        dense: What it was.
+        valid: Windows that tell which weights are best, (windows, context + 1).
+        length: How long.
+        precision: Of the products.
+        trained: The model's parameters that are trained.
+        kalma: Trains them.
+        state: Where it stands.
+        began: When it would have begun had it never been cut off, by the monotonic clock.
+    """
+
+    model: PreTrainedModel
+    dense: PreTrainedModel
+    valid: Tensor
+    length: RefitLength
+    precision: str
+    trained: list[nn.Parameter]
+    kalma: Kalma
+    state: _State
+    began: float
+
+    @property
+    def part_done(self) -> float:
+        """1 at the end or a little more."""
+        if self.length.seconds is not None:
+            return self.state.seconds / self.length.seconds
+        return self.state.tokens / (self.length.tokens or 1)
+
+    def step(self, tokens: Tensor) -> None:
+        """One step on windows of tokens (windows, context)."""
+        done, state = self.part_done, self.state
+        scale_learning_rates([self.kalma], min(1.0, done / WARMUP + 0.1) * (1 - done))
+        _distance(self.model, self.dense, tokens.to(self.trained[0].device), self.precision).backward()
+        nn.utils.clip_grad_norm_(self.trained, GRADIENT_NORM)
+        self.kalma.step()
+        self.kalma.zero_grad()
+        state.steps, state.tokens, state.seconds = state.steps + 1, state.tokens + tokens.numel(), _since(self.began)
+
+    def look_at_valid(self) -> None:
+        """Keeps the weights where none before had less loss."""
+        state = self.state
+        state.next_evaluation = self.part_done + 1 / EVALUATIONS
+        loss = loss_of(self.model, self.valid, self.precision)
+        if math.isfinite(loss) and loss < state.best_loss:
+            state.best, state.best_loss = _copies(self.trained), loss
+        state.seconds = _since(self.began)
+
+    @torch.no_grad()
+    def take_best(self) -> None:
+        """Gives the model the weights of the least loss."""
+        for parameter, best in zip(self.trained, self.state.best, strict=True):
+            parameter.copy_(best)
+
+
 def refit(
     model: PreTrainedModel,
     dense: PreTrainedModel,
@@ -142,45 +201,42 @@ def refit(
         CheckpointError: All that the folder keeps is damaged.
         OSError: The folder cannot be written.
     """
-    trained = _trained_parameters(model)
-    (kalma,) = build_optimizers("kalma", model, lr=LEARNING_RATE, auxiliary_lr=LEARNING_RATE, weight_decay=0.0)
+    trained, kalma = _trained_parameters(model), _kalma_of(model)
     terms = {"length": asdict(length), "batch_size": batch_size, "seed": seed, "start": _digest(model)}
     state = None if folder is None else _kept_state(folder, terms, trained, kalma)
     if state is None:
         loss = loss_of(model, valid, precision)
-        state = _State(terms, loss, [parameter.detach().clone() for parameter in trained], loss)
-    began, saved_at = time.monotonic() - state.seconds, time.monotonic()
+        state = _State(terms, loss, _copies(trained), loss)
+    run = _Run(model, dense, valid, length, precision, trained, kalma, state, time.monotonic() - state.seconds)
+    saved_at = time.monotonic()
     _turn_dropout_off(model)
     model.train()
     for batch in itertools.islice(_batches(train[:, :-1], batch_size, seed), state.steps, None):
-        done = _part_done(length, state)
-        if done >= 1:
+        if run.part_done >= 1:
             break
-        scale_learning_rates([kalma], min(1.0, done / WARMUP + 0.1) * (1 - done))
-        _distance(model, dense, batch.to(trained[0].device), precision).backward()
-        nn.utils.clip_grad_norm_(trained, GRADIENT_NORM)
-        kalma.step()
-        kalma.zero_grad()
-        state.steps, state.tokens, state.seconds = state.steps + 1, state.tokens + batch.numel(), _since(began)
-        done = _part_done(length, state)
-        progress(min(1.0, done))
-        if done >= min(1.0, state.next_evaluation):
-            state.next_evaluation = done + 1 / EVALUATIONS
-            now = loss_of(model, valid, precision)
-            if math.isfinite(now) and now < state.best_loss:
-                state.best, state.best_loss = [parameter.detach().clone() for parameter in trained], now
-            state.seconds, saved_at = _since(began), -math.inf
-        if folder is not None and _since(saved_at) >= SAVE_EVERY:
+        run.step(batch)
+        progress(min(1.0, run.part_done))
+        is_looked_at = run.part_done >= min(1.0, state.next_evaluation)
+        if is_looked_at:
+            run.look_at_valid()
+        if folder is not None and (is_looked_at or _since(saved_at) >= SAVE_EVERY):
             _keep_state(folder, state, trained, kalma)
             saved_at = time.monotonic()
-    with torch.no_grad():
-        for parameter, kept in zip(trained, state.best, strict=True):
-            parameter.copy_(kept)
-    if isinstance(kalma, Kalma):
-        kalma.detach()
+    run.take_best()
+    kalma.detach()
     model.eval()
     model.requires_grad_(True)
     return RefitResult(state.loss_before, state.best_loss, state.tokens, state.seconds)
+
+
+def _kalma_of(model: PreTrainedModel) -> Kalma:
+    (kalma,) = build_optimizers("kalma", model, lr=LEARNING_RATE, auxiliary_lr=LEARNING_RATE, weight_decay=0.0)
+    assert isinstance(kalma, Kalma)
+    return kalma
+
+
+def _copies(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in parameters]
 
 
 def _turn_dropout_off(model: PreTrainedModel) -> None:
@@ -264,9 +320,3 @@ def _batches(windows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
         order = torch.randperm(len(windows), generator=generator)
         for rows in order.split(min(batch_size, len(windows))):
             yield windows[rows]
-
-
-def _part_done(length: RefitLength, state: _State) -> float:
-    if length.seconds is not None:
-        return state.seconds / length.seconds
-    return state.tokens / (length.tokens or 1)

@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import remove, whole_file, write_json_atomic
+from kalmagrove.files import read_json_object, remove, whole_file, write_json_atomic
 from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
+from kalmagrove.tensor_files import disk_errors
+
+IDENTITY = "identity.json"
 
 
 class WorkFolder:
@@ -27,6 +30,7 @@ class WorkFolder:
 
     Raises:
         UsageError: The folder is of another compression.
+        KalmaGroveError: What it is of is damaged.
         FolderInUse: Another process compresses there.
         OSError: It cannot be written.
     """
@@ -43,10 +47,12 @@ class WorkFolder:
             raise
 
     def _claim(self, identity: Mapping[str, Any]) -> None:
-        known = self.read_json("identity")
-        if known is None:
-            write_json_atomic(self.path / "identity.json", dict(identity))
-        elif known != json.loads(json.dumps(identity)):
+        document = self.path / IDENTITY
+        if not document.is_file():
+            write_json_atomic(document, dict(identity))
+            return
+        known = read_json_object(document, f"remove {self.path} to begin anew")
+        if known != json.loads(json.dumps(identity)):
             differing = sorted(key for key in {*known, *identity} if known.get(key) != identity.get(key))
             raise UsageError(
                 f"{self.path} holds an unfinished compression with other options ({', '.join(differing)}); give the "
@@ -74,12 +80,8 @@ class WorkFolder:
             OSError: They could not be written; nothing of that name is there.
         """
         path = self.path / f"{name}.safetensors"
-        try:
-            with whole_file(path) as temporary:
-                save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
-        except SafetensorError as error:
-            # The library hides the error number of a full disk in its own exception.
-            raise OSError(f"{path} could not be written: {error}") from error
+        with disk_errors(path), whole_file(path) as temporary:
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary)
 
     def read_json(self, name: str) -> Any:
         """The document of a name, or None where it is not done.
@@ -121,7 +123,7 @@ class WorkFolder:
 
 def _require_work_folder_or_empty(path: Path) -> None:
     """What is not ours is neither used nor, at the end, removed."""
-    document = path / "identity.json"
+    document = path / IDENTITY
     if document.is_file() or not path.exists():
         return
     # A crash before the identity was in place leaves only a lock or a temporary file.

@@ -124,9 +124,9 @@ class PackedExamples:
         chosen = [(int(shuffled_order(count, seed, n // count)[n % count]), n // count) for n in numbers]
         return self._sequences(split, chosen, seed, min(context_length + 1, self.longest))
 
-    def rows(self, split: str, rows: range, *, width: int | None = None) -> Sequences:
-        """Examples of a split in their order, (rows, width); shuffled parts have one order that is always the same."""
-        return self._sequences(split, [(row, 0) for row in rows], 0, width or self.longest)
+    def rows(self, split: str, rows: range) -> Sequences:
+        """Examples of a split in their order, (rows, longest); the order of shuffled parts is always the same."""
+        return self._sequences(split, [(row, 0) for row in rows], 0, self.longest)
 
     def _sequences(self, split: str, chosen: list[tuple[int, int]], seed: int, width: int) -> Sequences:
         files = _SplitFiles(self, split)

@@ -24,7 +24,7 @@ from kalmagrove.data.sources import (
     is_hub_name,
     source_fingerprint,
 )
-from kalmagrove.data.splits import SPLITS, split_documents
+from kalmagrove.data.splits import HELD_OUT, SPLITS, split_documents
 from kalmagrove.data.synthetic.options import full_name, is_synthetic, parse_synthetic, task_of
 from kalmagrove.data.synthetic.source import synthetic_tokenizer
 from kalmagrove.data.tokenizer import (
@@ -158,8 +158,6 @@ def prepare(
     vocab_size: int = 4096,
     tokenizer: str | None = None,
     seed: int = 0,
-    valid_fraction: float = 0.02,
-    test_fraction: float = 0.02,
     progress: Progress | None = None,
 ) -> PackedText:
     """Tokenise a source into a folder, or reuse the folder where it already holds just that.
@@ -174,13 +172,11 @@ def prepare(
             for a synthetic task, which comes with its own.
         tokenizer: A tokenizer.json, a folder that holds one, or a Hub name.
         seed: Divides a source that has no splits.
-        valid_fraction: Expected share of documents in valid.
-        test_fraction: Expected share of documents in test.
         progress: Called now and then with ``"tokenizer"`` or ``"packing"`` and the bytes of text read so far.
 
     Raises:
         KalmaGroveError: The source or tokeniser cannot be used, or the folder holds something else.
-        UsageError: The vocabulary or a fraction is out of range, or a tokeniser is given for a synthetic task.
+        UsageError: The vocabulary is out of range, or a tokeniser is given for a synthetic task.
         OSError: The folder cannot be written.
     """
     if is_synthetic(source):
@@ -193,8 +189,7 @@ def prepare(
         "vocab_size": vocab_size if tokenizer is None and not is_synthetic(source) else None,
         "tokenizer": None if tokenizer is None else _tokenizer_identity(tokenizer),
         "seed": seed,
-        "valid_fraction": valid_fraction,
-        "test_fraction": test_fraction,
+        **{f"{split}_fraction": share for split, share in HELD_OUT.items()},
     }
     remove_abandoned(folder)
     if _is_taken(folder):
@@ -202,7 +197,7 @@ def prepare(
     content = content_fingerprint(source)
 
     def documents() -> Iterator[tuple[str, str]]:
-        return split_documents(source, seed=seed, valid_fraction=valid_fraction, test_fraction=test_fraction)
+        return split_documents(source, seed=seed)
 
     report = progress or (lambda stage, done: None)
     if is_synthetic(source):

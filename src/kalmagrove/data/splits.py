@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 
 from kalmagrove.data.sources import (
     LONGEST_DOCUMENT,
@@ -20,9 +20,11 @@ from kalmagrove.data.sources import (
 )
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.data.synthetic.source import synthetic_splits
-from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.errors import KalmaGroveError
 
 SPLITS = ("train", "valid", "test")
+HELD_OUT = {"valid": 0.02, "test": 0.02}
+"""Expected shares of a text's documents."""
 
 _OUR_NAMES = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test"}
 _SPLIT_FILE = re.compile(rf"({'|'.join(_OUR_NAMES)})([-_]\d[^./]*)?\.[^/]*", re.IGNORECASE)
@@ -64,7 +66,7 @@ class Division:
 
 
 def split_documents(
-    source: str | None, *, seed: int = 0, valid_fraction: float = 0.02, test_fraction: float = 0.02
+    source: str | None, *, seed: int = 0, held_out: Mapping[str, float] = HELD_OUT
 ) -> Iterator[tuple[str, str]]:
     """Stream the documents of a source with the split that each belongs to, always in the same order.
 
@@ -77,29 +79,19 @@ def split_documents(
     Args:
         source: As for `iter_documents`.
         seed: Chooses another division.
-        valid_fraction: Expected share of the documents in valid.
-        test_fraction: Expected share of the documents in test.
+        held_out: Expected shares of the documents in valid and test.
 
     Yields:
         (split, document) pairs; each split gets at least one.
 
     Raises:
         KalmaGroveError: The source cannot be read or holds too little text for three splits.
-        UsageError: A fraction is not above 0, or both together are not below 1.
     """
-    fractions = {"valid": valid_fraction, "test": test_fraction}
-    for name, fraction in fractions.items():
-        if not 0 < fraction < 1:
-            raise UsageError(f"{name}_fraction must be between 0 and 1, got {fraction}")
-    if valid_fraction + test_fraction >= 1:
-        raise UsageError(
-            f"valid_fraction and test_fraction must leave text for train, got {valid_fraction} and {test_fraction}"
-        )
     given = given_splits(source)
     if not given:
-        yield from _divide(_without_duplicates(iter_documents(source)), Division(fractions, seed))
+        yield from _divide(_without_duplicates(iter_documents(source)), Division(dict(held_out), seed))
         return
-    missing = {split: fraction for split, fraction in fractions.items() if split not in given}
+    missing = {split: share for split, share in held_out.items() if split not in given}
     train = given.pop("train")
     yield from _divide(train, Division(missing, seed)) if missing else (("train", document) for document in train)
     for split, documents in given.items():
@@ -129,18 +121,13 @@ def given_splits(source: str | None) -> dict[str, Iterator[str]]:
                 found.setdefault(split, []).append(iter_file(file.path))
     if "train" not in found or len(found) == 1:
         return {}
-    return {split: _chained(found[split]) for split in SPLITS if split in found}
+    return {split: chain.from_iterable(found[split]) for split in SPLITS if split in found}
 
 
 def split_of_file(name: str) -> str | None:
     """The split that a name says: train.*, valid.* (validation.*, val.*, dev.*) or test.*, also in numbered parts."""
     match = _SPLIT_FILE.fullmatch(name)
     return None if match is None else _OUR_NAMES[match[1].lower()]
-
-
-def _chained(parts: list[Iterator[str]]) -> Iterator[str]:
-    for part in parts:
-        yield from part
 
 
 def _without_duplicates(documents: Iterable[str]) -> Iterator[str]:

@@ -31,10 +31,12 @@ END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 258
 """256 bytes, the end-of-text token and one merge."""
 
+_MOST_BYTES = 1 << 25
+"""UTF-8 bytes of the documents that merges are learnt from."""
 _END_OF_TEXT_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<|eos|>", "<eos>", "[EOS]")
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, *, most_bytes: int = 1 << 25) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE: any text can be encoded, digits stay single, and token 0 ends a text.
 
     The same documents give the same tokeniser.
@@ -42,7 +44,6 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, most_bytes: in
     Args:
         documents: Text to learn merges from; read only as far as needed.
         vocab_size: Largest vocabulary; a short text may give a smaller one.
-        most_bytes: UTF-8 bytes of the documents to learn from.
 
     Raises:
         UsageError: The vocabulary cannot hold the 256 bytes, the end-of-text token and one merge.
@@ -65,7 +66,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, *, most_bytes: in
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(documents, most_bytes), trainer)
+    tokenizer.train_from_iterator(_first_bytes(documents), trainer)
     return tokenizer
 
 
@@ -159,8 +160,8 @@ def _end_of_text(tokenizer: Tokenizer) -> tuple[str, int]:
     )
 
 
-def _first_bytes(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
-    left = most_bytes
+def _first_bytes(documents: Iterable[str]) -> Iterator[str]:
+    left = _MOST_BYTES
     for document in documents:
         text = document.encode()[:left]
         left -= len(text)

@@ -11,6 +11,7 @@ import torch
 from kalmagrove.data.example_store import PackedExamples
 from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
 from kalmagrove.world import ALONE, World
@@ -43,20 +44,15 @@ def score_examples(
     size = max(1, TOKENS_AT_ONCE // data.longest)
     nats: dict[str, float] = defaultdict(float)
     elements: dict[str, int] = defaultdict(int)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), composed_weights(model):
-            for first in range(world.rank * size, count, world.size * size):
-                rows = data.rows(split, range(first, min(first + size, count))).to(device)
-                inputs, targets = rows[:, :-1], rows[:, 1:]
-                with autocast(precision, device):
-                    found = model.nats_by_kind(inputs, targets)
-                for kind, values in found.items():
-                    nats[kind] += float(values.sum())
-                    elements[kind] += targets.numel() if kind == "token" else values.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), composed_weights(model):
+        for first in range(world.rank * size, count, world.size * size):
+            rows = data.rows(split, range(first, min(first + size, count))).to(device)
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+            with autocast(precision, device):
+                found = model.nats_by_kind(inputs, targets)
+            for kind, values in found.items():
+                nats[kind] += float(values.sum())
+                elements[kind] += targets.numel() if kind == "token" else values.numel()
     kinds = ["token", *data.modalities]
     sums = world.sum([float(values[kind]) for values in (nats, elements) for kind in kinds], device)
     by_kind: dict[str, Any] = {

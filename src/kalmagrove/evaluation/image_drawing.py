@@ -18,6 +18,7 @@ from kalmagrove.evaluation.image_predictions import Precision, check_model
 from kalmagrove.modalities.patch import PatchModality
 from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
 
@@ -61,14 +62,8 @@ def draw_images(
         raise KalmaGroveError(f"the model does not know the label {label!r}; {known}")
     before = [] if label is None else [label_part(form, label)]
     beginning = sequences_of(form, [[*before, _begun_part(form, begun, kept)]] * count).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), composed_weights(model), autocast(precision, model.device):
-            look = next_hidden(model)
-            patches = _draw(model, form, beginning, look, kept, generator, temperature)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), composed_weights(model), autocast(precision, model.device):
+        patches = _draw(model, form, beginning, next_hidden(model), kept, generator, temperature)
     return from_patches(patches.cpu().numpy().astype(np.uint8), form.places, form.patch_size, form.channels)
 
 

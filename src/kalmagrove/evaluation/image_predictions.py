@@ -20,6 +20,7 @@ from kalmagrove.errors import KalmaGroveError
 from kalmagrove.evaluation.modality_model import ModalityModel, Predictions
 from kalmagrove.modalities.patch import PatchModality, bits_per_dimension
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast, without_autocast
 
@@ -92,15 +93,10 @@ def look_at(
     """
     question = [label_part(form, None)] if form.classes else []
     sequences = sequences_of(form, [[image_part(form, own), *question] for own in pixels]).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), composed_weights(model), autocast(precision, model.device):
-            hidden = model.model(sequences.tokens, features=sequences.features, axes=sequences.axes).last_hidden_state
-            nats = _patch_nats(model, form, hidden, sequences.features[FEATURE])
-            logits = _logits(model, hidden[:, -1])[:, list(form.class_tokens)]
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), composed_weights(model), autocast(precision, model.device):
+        hidden = model.model(sequences.tokens, features=sequences.features, axes=sequences.axes).last_hidden_state
+        nats = _patch_nats(model, form, hidden, sequences.features[FEATURE])
+        logits = _logits(model, hidden[:, -1])[:, list(form.class_tokens)]
     return nats.cpu(), logits.softmax(dim=-1).cpu()
 
 

@@ -35,17 +35,20 @@ def predict_answers(opened: ModalityModel, data: str, *, max_new_tokens: int = 6
         UsageError: A line begins with its answer, or is too long for the model.
     """
     codec = open_mixed(opened.schema, opened.tokenizer)
-    rows, known, right = [], 0, 0
+    rows, known, right, cut = [], 0, 0, 0
     with torch.inference_mode(), composed_weights(opened.model), autocast(opened.precision, opened.model.device):
         for row in iter_mixed(Path(data).expanduser()):
             given, wanted = divide_line(row)
-            answer = _answer(opened.model, codec, row, given, max_new_tokens)
+            answer, is_whole = _answer(opened.model, codec, row, given, max_new_tokens)
             rows.append({"place": row.place, "answer": answer} | ({} if wanted is None else {"wanted": wanted}))
             known += wanted is not None
             right += wanted is not None and answer.strip() == wanted.strip()
+            cut += not is_whole
     if not rows:
         raise KalmaGroveError(f"{data} has no lines; give some to answer")
-    return Predictions(rows, {"accuracy": right / known, "rows": known} if known else {})
+    scores = {"accuracy": right / known, "rows": known} if known else {}
+    notes = [f"{cut:,} answers were cut, at {max_new_tokens} tokens or where the model's context ends"] if cut else []
+    return Predictions(rows, scores, notes)
 
 
 def divide_line(row: MixedRow) -> tuple[tuple[Piece, ...], str | None]:
@@ -60,7 +63,10 @@ def divide_line(row: MixedRow) -> tuple[tuple[Piece, ...], str | None]:
     return row.pieces[:first], answer.text if answer.kind == "text" and len(row.pieces) == first + 1 else None
 
 
-def _answer(model: KalmaGroveForCausalLM, codec: MixedCodec, row: MixedRow, given: Sequence[Piece], most: int) -> str:
+def _answer(
+    model: KalmaGroveForCausalLM, codec: MixedCodec, row: MixedRow, given: Sequence[Piece], most: int
+) -> tuple[str, bool]:
+    """The text, and whether it came to its end."""
     modalities = {name: m for name, m in model.model.modalities.items() if isinstance(m, Modality)}
     end = end_of_text_id(codec.tokenizer)
     prompt = sequences_of_parts(
@@ -73,14 +79,16 @@ def _answer(model: KalmaGroveForCausalLM, codec: MixedCodec, row: MixedRow, give
     if room < 1:
         raise UsageError(f"{row.place} has {prompt.tokens.shape[1]} tokens, as many as the model's context or more")
     axes = prompt.axes if "patch" in modalities else None
-    cache, tokens = model.new_cache(), []
+    cache, most = model.new_cache(), min(most, room)
+    tokens: list[int] = []
     logits = model(prompt.tokens, features=prompt.features, axes=axes, cache=cache, logits_to_keep=1).logits
-    for _ in range(min(most, room)):
+    while True:
         token = int(logits[0, -1].argmax())
         # Whatever is no text ends the answer too.
-        if token == end or any(token == modality.placeholder for modality in modalities.values()):
+        is_whole = token == end or any(token == modality.placeholder for modality in modalities.values())
+        if is_whole or len(tokens) == most:
             break
         tokens.append(token)
         logits = model(torch.tensor([[token]], device=model.device), cache=cache, logits_to_keep=1).logits
     text: str = codec.tokenizer.decode(tokens)
-    return text
+    return text, is_whole

@@ -17,7 +17,7 @@ from kalmagrove.data.synthetic.draws import UniformDraws
 from kalmagrove.data.synthetic.recall import RecallSource
 from kalmagrove.data.synthetic.source import STREAMS, open_synthetic
 from kalmagrove.evaluation.perplexity import Scores
-from kalmagrove.models.scoring import LOGIT_BUDGET, stacked_windows
+from kalmagrove.models.scoring import LOGIT_BUDGET, evaluating, stacked_windows
 from kalmagrove.precision import autocast
 
 WINDOWS_AT_ONCE = 256
@@ -91,7 +91,7 @@ def optimum_nats(source: str, windows: Iterable[Window]) -> float:
     )
 
 
-def entropy_rate(source: str, *, windows: int = 512, length: int = 1024, seed: int = 0) -> EntropyRate:
+def entropy_rate(source: str, *, windows: int = 512, length: int = 1024) -> EntropyRate:
     """The entropy rate of a source: exact for recall, and between two bounds for a hidden Markov source.
 
     The bounds are those of Cover and Thomas, "Elements of Information Theory", theorem 4.5.1: for a stationary hidden
@@ -102,13 +102,12 @@ def entropy_rate(source: str, *, windows: int = 512, length: int = 1024, seed: i
         source: A synthetic task.
         windows: Windows of the estimate.
         length: Their tokens, at least 4.
-        seed: Of the windows.
     """
     known = open_synthetic(source)
     if isinstance(known, RecallSource):
         rate = known.entropy_rate()
         return EntropyRate(rate, rate, 0.0, 0.0)
-    draws = UniformDraws(known.options.seed, 1 + max(STREAMS.values()), seed)
+    draws = UniformDraws(known.options.seed, 1 + max(STREAMS.values()), 0)
     tokens, states = known.model.sample_windows(windows, length, draws)
     upper = _last_entropies(known.model.predictions(tokens), known.model.emission, length)
     given = np.eye(len(known.model.transition))[states]
@@ -140,9 +139,7 @@ def recall_outcomes(
     if not isinstance(known, RecallSource):
         return []
     outcomes: list[RecallOutcome] = []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch, scored in stacked_windows(windows, most=WINDOWS_AT_ONCE, most_tokens=LOGIT_BUDGET // vocab_size):
             first = batch.shape[1] - scored
             rows = [known.answers(window) for window in batch.tolist()]
@@ -158,8 +155,6 @@ def recall_outcomes(
                 RecallOutcome(answer.distance, answer.pairs, *own)
                 for (_, answer), *own in zip(asked, nats, right, strict=True)
             ]
-    finally:
-        model.train(was_training)
     return outcomes
 
 

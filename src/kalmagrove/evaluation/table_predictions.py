@@ -18,6 +18,7 @@ from kalmagrove.data.tokenizer import end_of_text_id
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.modalities.number import NumberModality
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
+from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
 
@@ -66,15 +67,10 @@ def predict_column(
     Raises:
         KalmaGroveError: A row does not fit into the model's context.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), composed_weights(model):
-            if isinstance(codec.columns[target], TextColumn):
-                return _texts(model, codec, rows, target, terms, numbers or range(len(rows)))
-            return _probabilities(model, codec, rows, target, terms)
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.inference_mode(), composed_weights(model):
+        if isinstance(codec.columns[target], TextColumn):
+            return _texts(model, codec, rows, target, terms, numbers or range(len(rows)))
+        return _probabilities(model, codec, rows, target, terms)
 
 
 def _probabilities(

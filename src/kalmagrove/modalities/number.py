@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from kalmagrove.modalities.modality import Modality
 
 KNOTS = 24
-"""Of embedding and head; a column's own knots are the first ones of the embedding."""
+"""Of the embedding, of which a column's own are the first ones; and logits that are free: a column with at most so many
+bins has one for each."""
 COLUMN, PLACE, SCALED, BIN = range(4)
 """What the features of a number are: its column, its place among the column's values (0 to 1), its distance from the
 column's mean in standard deviations, and its bin."""
@@ -31,26 +32,25 @@ class NumberModality(Modality):
         hidden_size: Width of the decoder.
         placeholder: The token that stands for a number.
         bins: How many bins each column has.
-        knots: Of the embedding, and logits that are free; a column with at most so many bins has one for each.
     """
 
     feature_size = 4
 
-    def __init__(self, hidden_size: int, placeholder: int, *, bins: Sequence[int], knots: int = KNOTS) -> None:
+    def __init__(self, hidden_size: int, placeholder: int, *, bins: Sequence[int]) -> None:
         super().__init__(hidden_size, placeholder)
-        if not bins or min(bins) < 1 or knots < 2:
-            raise ValueError(f"numbers need columns of at least one bin and at least 2 knots, got {bins} and {knots}")
-        self.bins, self.knots = list(bins), knots
+        if not bins or min(bins) < 1:
+            raise ValueError(f"numbers need columns of at least one bin, got {bins}")
+        self.bins = list(bins)
         self.embed_column = nn.Embedding(len(self.bins), hidden_size)
         self.column_gain = nn.Embedding(len(self.bins), hidden_size)
-        self.value_proj = nn.Linear(knots + 2, hidden_size)
-        self.head = nn.Linear(hidden_size, knots)
+        self.value_proj = nn.Linear(KNOTS + 2, hidden_size)
+        self.head = nn.Linear(hidden_size, KNOTS)
         self.column_bias = nn.Embedding(len(self.bins), max(self.bins))
-        self.macs = (2 * knots + 2) * hidden_size
+        self.macs = (2 * KNOTS + 2) * hidden_size
 
     def encode(self, features: Tensor) -> Tensor:
-        place = features[:, PLACE].clamp(0, 1)[:, None] * (self.knots - 1)
-        steps = torch.arange(self.knots, device=features.device)
+        place = features[:, PLACE].clamp(0, 1)[:, None] * (KNOTS - 1)
+        steps = torch.arange(KNOTS, device=features.device)
         near = (1 - (place - steps).abs()).clamp(min=0)
         scaled = features[:, SCALED, None]
         sizes = torch.cat((near, scaled.clamp(-4, 4), scaled.asinh()), dim=1)
@@ -63,8 +63,8 @@ class NumberModality(Modality):
         sizes = torch.tensor(self.bins, device=hidden.device)[:, None]
         steps = torch.arange(max(self.bins), device=hidden.device)
         # Where each bin of each column lies among the free logits, (columns, most bins).
-        places = steps * torch.where(sizes > self.knots, (self.knots - 1) / (sizes - 1).clamp(min=1), 1.0)
-        below = places.floor().clamp(max=self.knots - 2)
+        places = steps * torch.where(sizes > KNOTS, (KNOTS - 1) / (sizes - 1).clamp(min=1), 1.0)
+        below = places.floor().clamp(max=KNOTS - 2)
         part = (places - below).clamp(max=1)[columns]
         index = below.long()[columns]
         free = self.head(hidden).float()

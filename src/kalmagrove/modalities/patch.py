@@ -35,11 +35,15 @@ class PatchModality(Modality):
         patch_size: Pixels of a side.
         channels: Of a pixel.
         levels: Values of a pixel: 0 to ``levels - 1``.
-        rows: Of patches in an image; with ``columns``, a patch's features say where the next one lies.
+        rows: Of patches in an image.
         columns: Of patches in an image.
+
+    Attributes:
         mixtures: Components of a pixel's distribution.
         inner_size: Units of the state within a patch.
     """
+
+    mixtures, inner_size = 4, 32
 
     def __init__(
         self,
@@ -49,25 +53,23 @@ class PatchModality(Modality):
         patch_size: int,
         channels: int,
         levels: int,
-        rows: int | None = None,
-        columns: int | None = None,
-        mixtures: int = 4,
-        inner_size: int = 32,
+        rows: int,
+        columns: int,
     ) -> None:
         super().__init__(hidden_size, placeholder)
-        sizes = (patch_size, channels, mixtures, inner_size, *(side for side in (rows, columns) if side is not None))
-        if min(sizes) < 1 or levels < 2 or (rows is None) != (columns is None):
+        sizes = (patch_size, channels, rows, columns)
+        if min(sizes) < 1 or levels < 2:
             raise ValueError(
-                "patches need at least 2 levels, at least 1 of patch_size, channels, mixtures, inner_size, rows and "
-                f"columns, and both of the last or neither; got levels {levels} and {sizes}"
+                "patches need at least 2 levels and at least 1 of patch_size, channels, rows and columns; "
+                f"got levels {levels} and {sizes}"
             )
-        self.channels, self.levels, self.mixtures, self.inner_size = channels, levels, mixtures, inner_size
+        self.channels, self.levels = channels, levels
+        mixtures, inner_size = self.mixtures, self.inner_size
         self.pixels = pixels = patch_size * patch_size * channels
-        self.feature_size = pixels + (0 if rows is None else 2)
+        self.feature_size = pixels + 2
         self.pixel_proj = nn.Linear(2 * pixels, hidden_size)
-        if rows is not None and columns is not None:
-            self.embed_row = nn.Embedding(rows + 1, hidden_size)
-            self.embed_column = nn.Embedding(columns + 1, hidden_size)
+        self.embed_row = nn.Embedding(rows + 1, hidden_size)
+        self.embed_column = nn.Embedding(columns + 1, hidden_size)
         self.head = nn.Linear(hidden_size, inner_size + 2 * pixels)
         # Three axes, so that optimisers for matrices leave them alone: no layer multiplies them.
         self.before = nn.Parameter(torch.zeros(1, pixels, pixels))
@@ -86,9 +88,8 @@ class PatchModality(Modality):
         nn.init.normal_(self.state_bias, std=0.1)
         self.mixture.zero_()
         self.mixture_bias.zero_()
-        if self.mixtures > 1:
-            spread = torch.linspace(-1, 1, self.mixtures, device=self.mixture_bias.device)
-            self.mixture_bias[..., self.mixtures : 2 * self.mixtures] = spread
+        spread = torch.linspace(-1, 1, self.mixtures, device=self.mixture_bias.device)
+        self.mixture_bias[..., self.mixtures : 2 * self.mixtures] = spread
 
     def encode(self, features: Tensor) -> Tensor:
         levels, places = features[:, : self.pixels].float(), features[:, self.pixels :].long()
@@ -96,8 +97,6 @@ class PatchModality(Modality):
         contrast = torch.asinh((contrast - contrast.mean(dim=1, keepdim=True)) / 2).flatten(1)
         seen = torch.cat((self._scaled(levels), contrast), dim=1)
         encoded: Tensor = self.pixel_proj(seen.to(self.pixel_proj.weight.dtype))
-        if self.feature_size == self.pixels:
-            return encoded
         return encoded + self.embed_row(places[:, 0]) + self.embed_column(places[:, 1])
 
     def nats(self, hidden: Tensor, features: Tensor) -> Tensor:

@@ -108,8 +108,8 @@ def training_flops_per_token(config: KalmaGroveConfig, context_length: int) -> f
     return 6 * forward_macs_per_token(config, context_length)
 
 
-def decoding_bytes(config: KalmaGroveConfig, length: int, bytes_per_value: int = 4) -> int:
-    """Bytes of the decoding cache for one sequence after ``length`` tokens."""
+def decoding_bytes(config: KalmaGroveConfig, length: int) -> int:
+    """Bytes of the decoding cache for one sequence after ``length`` tokens, in float32."""
     values = 0
     for group in config.head_groups():
         reach = group.scales[0][1]
@@ -120,4 +120,4 @@ def decoding_bytes(config: KalmaGroveConfig, length: int, bytes_per_value: int =
         values += 2 * group.width * (kept + open_tokens)
     if config.short_conv:
         values += 2 * (config.short_conv - 1) * config.attention_width
-    return config.num_hidden_layers * values * bytes_per_value
+    return config.num_hidden_layers * values * torch.float32.itemsize

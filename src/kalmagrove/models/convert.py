@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -27,6 +27,7 @@ from kalmagrove.errors import KalmaGroveError, first_line
 from kalmagrove.models.config import KalmaGroveConfig
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.merging import merge
+from kalmagrove.tensor_files import disk_errors
 
 Stock = Literal["gpt2", "llama"]
 
@@ -126,12 +127,8 @@ def write_folder(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         OSError: The disk is full or cannot be written.
     """
-    with _quiet_transformers():
-        try:
-            model.save_pretrained(folder)
-        except SafetensorError as error:
-            # The library hides the error number of a full disk in its own exception.
-            raise OSError(f"{folder} could not be written: {error}") from error
+    with _quiet_transformers(), disk_errors(folder):
+        model.save_pretrained(folder)
 
 
 def load_model(folder: str | Path) -> PreTrainedModel:

@@ -317,22 +317,12 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             ValueError: The mask has holes, or the text is longer than the context.
         """
         cache = cache if cache is not None else past_key_values
-        padding = None
-        is_first = cache is None or cache.length == 0
-        # A compiler cannot look into a mask: compiled models are given texts without padding.
-        mask = attention_mask if is_first and not torch.compiler.is_compiling() else None
-        if mask is not None and not bool(mask.all()):
-            tokens = inputs_embeds if input_ids is None else input_ids
-            if tokens is None or mask.shape != tokens.shape[:2]:
-                raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {tuple(mask.shape)}")
-            padding = padding_before(mask, with_cache=cache is not None)
-        if cache is not None:
-            cache.padding = padding if cache.length == 0 else cache.padding
-        elif padding is not None:
-            # Without a cache the texts are moved to the front: what follows them cannot be seen.
-            input_ids, inputs_embeds = (None if t is None else _moved(t, padding) for t in (input_ids, inputs_embeds))
+        padding = _new_padding(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
         if padding is not None and (features or axes is not None):
             raise ValueError("features and axes are for texts without padding before them; put it behind the texts")
+        if cache is None and padding is not None:
+            # Without a cache the texts are moved to the front: what follows them cannot be seen.
+            input_ids, inputs_embeds = (None if t is None else _moved(t, padding) for t in (input_ids, inputs_embeds))
         outputs = self.model(
             input_ids,
             cache=cache,
@@ -436,6 +426,22 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         if not layers:
             raise ValueError("adaptors need projections = grove; this model's projections are dense")
         return layers
+
+
+def _new_padding(attention_mask: Tensor | None, tokens: Tensor | None, cache: DecodingCache | None) -> Tensor | None:
+    """Padding before the texts that begin in this forward, (batch,), which a cache remembers; None is none."""
+    if cache is not None and cache.length > 0:
+        return None
+    # A compiler cannot look into a mask: compiled models are given texts without padding.
+    mask = None if torch.compiler.is_compiling() else attention_mask
+    padding = None
+    if mask is not None and not bool(mask.all()):
+        if tokens is None or mask.shape != tokens.shape[:2]:
+            raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {tuple(mask.shape)}")
+        padding = padding_before(mask, with_cache=cache is not None)
+    if cache is not None:
+        cache.padding = padding
+    return padding
 
 
 def padding_before(attention_mask: Tensor, *, with_cache: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from itertools import groupby, islice
 from typing import Literal
 
@@ -18,6 +18,17 @@ from kalmagrove.world import ALONE, World
 
 LOGIT_BUDGET = 1 << 25
 """Logits that are made at once."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode as long as the context is open, and then in its own mode again."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def nats_of_windows(
@@ -40,21 +51,16 @@ def nats_of_windows(
         world: Processes that share the windows; all of them call this together and get the same.
     """
     total, scored_tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
     batches = stacked_windows(windows, most_tokens=LOGIT_BUDGET // (vocab_size * world.size))
-    try:
-        with torch.no_grad(), nullcontext() if _is_sharded(model) else composed_weights(model):
-            for batch, scored, counts in _shared_batches(batches, world):
-                tokens = torch.from_numpy(batch).to(device)
-                with autocast(precision, device):
-                    logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
-                if counts:
-                    targets = tokens[:, -scored:].flatten()
-                    total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
-                    scored_tokens += targets.numel()
-    finally:
-        model.train(was_training)
+    with evaluating(model), torch.no_grad(), nullcontext() if _is_sharded(model) else composed_weights(model):
+        for batch, scored, counts in _shared_batches(batches, world):
+            tokens = torch.from_numpy(batch).to(device)
+            with autocast(precision, device):
+                logits = model(input_ids=tokens[:, :-1]).logits[:, -scored:]
+            if counts:
+                targets = tokens[:, -scored:].flatten()
+                total += float(F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
+                scored_tokens += targets.numel()
     total, scored_sum = world.sum([total, scored_tokens], device)
     return total, int(scored_sum)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, distributed
 
@@ -27,11 +25,7 @@ def as_shard(whole: Tensor, like: Tensor) -> Tensor:
 
 
 def average_across_ranks(
-    seen: dict[int, tuple[Tensor, int]],
-    shapes: dict[int, tuple[int, int, int]],
-    *,
-    device: torch.device,
-    process_group: Any = None,
+    seen: dict[int, tuple[Tensor, int]], shapes: dict[int, tuple[int, int, int]], *, device: torch.device
 ) -> dict[int, tuple[Tensor, int]]:
     """Sums and counts of all ranks together, so that each rank computes the same P.
 
@@ -39,11 +33,10 @@ def average_across_ranks(
         seen: This rank's sums of ``h h^T`` and counts, by ``id`` of the parameter.
         shapes: Of every sum that any rank may have, in the same order on all ranks.
         device: Where the sums live.
-        process_group: The ranks; None is all.
     """
     if not (distributed.is_available() and distributed.is_initialized()):
         return seen
-    if distributed.get_world_size(process_group) == 1:
+    if distributed.get_world_size() == 1:
         return seen
     dtype = next((total.dtype for total, _ in seen.values()), torch.float32)
     parts = []
@@ -53,7 +46,7 @@ def average_across_ranks(
     if not parts:
         return {}
     message = torch.cat(parts)
-    distributed.all_reduce(message, group=process_group)
+    distributed.all_reduce(message)
     summed = message.split([part.numel() for part in parts])
     counts = torch.cat(summed[1::2]).tolist()
     return {

@@ -20,14 +20,11 @@ class WorkDivision:
 
     Args:
         costs: Of each parameter, by ``id``, in the same order on every rank.
-        process_group: The ranks; None is all.
     """
 
-    def __init__(self, costs: Mapping[int, int], *, process_group: Any = None) -> None:
-        self._group = process_group
-        self._rank = distributed.get_rank(process_group)
-        self._size = distributed.get_world_size(process_group)
-        self._owners = _balanced(costs, self._size)
+    def __init__(self, costs: Mapping[int, int]) -> None:
+        self._rank = distributed.get_rank()
+        self._owners = _balanced(costs, distributed.get_world_size())
 
     def is_own(self, parameter: Tensor) -> bool:
         """Whether this rank whitens a parameter; one that nobody was given is everybody's."""
@@ -55,7 +52,7 @@ class WorkDivision:
                 message = torch.cat([found[i].reshape(-1) for i in theirs])
             else:
                 message = torch.empty(sum(sizes), dtype=dtype, device=parameters[theirs[0]].device)
-            self._broadcast(message, owner)
+            distributed.broadcast(message, src=owner)
             # A sharded parameter's update is cut before the next owner's comes.
             for i, part in zip(theirs, message.split(sizes), strict=True):
                 found[i] = as_shard(part.view(parameters[i].shape), parameters[i])
@@ -91,7 +88,7 @@ class WorkDivision:
             dtype, shape = getattr(torch, kind[0].removeprefix("torch.")), kind[1]
             message = own[name].to(device) if owner == self._rank else torch.empty(shape, dtype=dtype, device=device)
             message = message.contiguous()
-            self._broadcast(message, owner)
+            distributed.broadcast(message, src=owner)
             if self._rank == 0:
                 gathered[name] = message if owner == 0 else message.cpu()
         return gathered
@@ -99,9 +96,9 @@ class WorkDivision:
     def _text(self, text: str, device: torch.device, owner: int) -> str:
         encoded = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
         length = torch.tensor([len(encoded)], device=device)
-        self._broadcast(length, owner)
+        distributed.broadcast(length, src=owner)
         message = encoded if owner == self._rank else torch.empty(int(length), dtype=torch.uint8, device=device)
-        self._broadcast(message, owner)
+        distributed.broadcast(message, src=owner)
         return bytes(message.tolist()).decode()
 
     def forget_others(self, optimizer: torch.optim.Optimizer) -> None:
@@ -111,9 +108,6 @@ class WorkDivision:
                 is_sharded = hasattr(parameter, "full_tensor")
                 for name in [n for n in state if not (is_sharded and n in OF_EVERY_RANK)]:
                     del state[name]
-
-    def _broadcast(self, message: Tensor, owner: int) -> None:
-        distributed.broadcast(message, group=self._group, group_src=owner)
 
 
 def _balanced(costs: Mapping[int, int], size: int) -> dict[int, int]:

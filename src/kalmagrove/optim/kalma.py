@@ -39,6 +39,8 @@ from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_line
 from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major, write_back
 
 Seen = dict[int, tuple[Tensor, int]]
+_MOST_NAMES = 5
+"""Of parameters, in a warning or an error."""
 
 
 class _Part(NamedTuple):
@@ -115,7 +117,6 @@ class Kalma(torch.optim.Optimizer):
             "prior": 1e3,
         }
         self._statistics: ActivationStatistics | None = None
-        self._process_group: Any = None
         self._division: WorkDivision | None = None
         super().__init__(split_by_method(params), defaults)
 
@@ -128,13 +129,13 @@ class Kalma(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def attach(self, model: nn.Module, *, process_group: Any = None, divide_work: bool = False) -> int:
+    def attach(self, model: nn.Module, *, divide_work: bool = False) -> int:
         """Watches the model's layers, so that their inputs give P; without it P is the identity.
+
+        Where ``torch.distributed`` is in use, the inputs' covariances are summed over all ranks at each refresh.
 
         Args:
             model: The model that is trained.
-            process_group: Ranks over which the inputs' covariances are summed at each refresh, where
-                ``torch.distributed`` is in use; None is all of them.
             divide_work: Whether each matrix is whitened, and its statistics kept, by one rank alone. Then
                 ``state_dict`` holds this rank's part, and :meth:`gathered_state_dict` the whole. Every matrix must have
                 a gradient on all ranks or on none, and nothing can be saved when a rank is gone. Method "exact" is
@@ -160,9 +161,9 @@ class Kalma(torch.optim.Optimizer):
         unwatched = [name for key, name in names.items() if key not in statistics.watched]
         if unwatched:
             _warn(f"no layer shows the inputs of {_listed(unwatched)}; there is no P for them")
-        self._statistics, self._process_group = statistics, process_group
+        self._statistics = statistics
         if divide_work and distributed.is_available() and distributed.is_initialized():
-            self._division = WorkDivision(self._costs(), process_group=process_group)
+            self._division = WorkDivision(self._costs())
         # P is refreshed with the first step, and then with every refresh_every-th.
         statistics.active = self._refreshes_next()
         return len(statistics.watched)
@@ -220,9 +221,7 @@ class Kalma(torch.optim.Optimizer):
             seen = self._statistics.take()
             if self._statistics.active:
                 device = self.param_groups[0]["params"][0].device
-                seen = average_across_ranks(
-                    seen, self._shapes_of_statistics(), device=device, process_group=self._process_group
-                )
+                seen = average_across_ranks(seen, self._shapes_of_statistics(), device=device)
         with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
             for group in self.param_groups:
                 parameters = _with_finite_gradient(group)
@@ -468,7 +467,6 @@ class Kalma(torch.optim.Optimizer):
         super().__setstate__(state)
         # load_state_dict comes through here too, and must not end the watch.
         self.__dict__.setdefault("_statistics", None)
-        self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_division", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -552,9 +550,9 @@ def _by_placement(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(kinds.values())
 
 
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def _warn(message: str) -> None:

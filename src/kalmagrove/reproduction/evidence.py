@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.files import read_json_object
 from kalmagrove.models.presets import split_parts, split_preset
 from kalmagrove.report.results import FILE_NAME, Model, Results, load_results
 from kalmagrove.report.statistics import Spread, median_spread
@@ -107,13 +106,7 @@ def read_other_text(folder: Path) -> dict[str, Any]:
         KalmaGroveError: The file is damaged.
     """
     path = folder / OTHER_TEXT
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise KalmaGroveError(f"{path} is damaged; remove it to score that text again") from error
-    return found
+    return read_json_object(path, "remove it to score that text again") if path.is_file() else {}
 
 
 def _other_text(folder: Path) -> dict[str, dict[int, float]]:

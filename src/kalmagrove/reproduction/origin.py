@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
+from kalmagrove.files import finite_or_null, read_json_object, write_json_atomic, write_text_atomic
 from kalmagrove.report.results import FILE_NAME, load_results
 from kalmagrove.reproduction.evidence import LAW, OTHER_TEXT, RANK_LAW, read_other_text
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
@@ -68,14 +68,7 @@ def read_origin(folder: Path) -> Origin:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN
-    try:
-        known = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise KalmaGroveError(f"{path} is damaged; remove it to write it anew") from error
-    if not isinstance(known, dict):
-        raise KalmaGroveError(f"{path} is damaged; remove it to write it anew")
-    return known
+    return read_json_object(folder / PLAN, "remove it to write it anew")
 
 
 def _require_same(folder: Path, wanted: Mapping[str, Any], *, flag: str) -> None:

@@ -41,17 +41,26 @@ class RungCost:
     Attributes:
         rung: The run.
         model: Its model.
-        seconds: Time of its steps on one worker.
     """
 
     rung: Rung
     model: ModelCost
-    seconds: float
 
     @property
     def flops(self) -> float:
         """Of the whole training."""
         return self.model.flops_per_token * self.rung.tokens
+
+
+@dataclass(frozen=True)
+class TimedCost(RungCost):
+    """What one run costs where it is known how fast it is.
+
+    Attributes:
+        seconds: Time of its steps on one worker.
+    """
+
+    seconds: float
 
 
 def model_cost(model: ModelConfig, vocab_size: int, context_length: int) -> ModelCost:
@@ -72,10 +81,9 @@ def _counted(preset: str, overrides: tuple[tuple[str, int], ...], vocab_size: in
     return ModelCost(parameters.total, parameters.non_embedding, flops)
 
 
-def rung_cost(config: SweepConfig, rung: Rung, vocab_size: int, tokens_per_second: float = float("inf")) -> RungCost:
-    """The cost of a run at a given speed."""
-    model = model_cost(config.model(rung), vocab_size, config.loop.context_length)
-    return RungCost(rung, model, rung.tokens / tokens_per_second)
+def rung_cost(config: SweepConfig, rung: Rung, vocab_size: int) -> RungCost:
+    """The cost of a run."""
+    return RungCost(rung, model_cost(config.model(rung), vocab_size, config.loop.context_length))
 
 
 def ladder_costs(
@@ -85,7 +93,7 @@ def ladder_costs(
     *,
     flops_per_second: float | None = None,
     say: Callable[[str], None] = lambda _: None,
-) -> list[RungCost]:
+) -> list[TimedCost]:
     """The cost of each run.
 
     Args:
@@ -108,7 +116,7 @@ def ladder_costs(
                 if flops_per_second is None
                 else flops_per_second / cost.model.flops_per_token
             )
-        costs.append(RungCost(rung, cost.model, rung.tokens / speeds[model]))
+        costs.append(TimedCost(rung, cost.model, rung.tokens / speeds[model]))
     return costs
 
 
@@ -120,14 +128,14 @@ def measured_speed(config: SweepConfig, rung: Rung, data: PackedText) -> float:
     return config.loop.tokens_per_step / statistics.fmean(seconds[min(WARMUP_STEPS, steps - 1) :])
 
 
-def cost_table(costs: Sequence[RungCost], *, workers: int) -> str:
+def cost_table(costs: Sequence[TimedCost], *, workers: int) -> str:
     """The costs of a ladder by family and size, as Markdown.
 
     Args:
         costs: Of every run.
         workers: That train at a time.
     """
-    groups: dict[tuple[str, str], list[RungCost]] = {}
+    groups: dict[tuple[str, str], list[TimedCost]] = {}
     for cost in costs:
         groups.setdefault((cost.rung.family.name, cost.rung.size), []).append(cost)
     lines = [
@@ -144,7 +152,7 @@ def cost_table(costs: Sequence[RungCost], *, workers: int) -> str:
     return "\n".join(lines)
 
 
-def _sums(costs: Sequence[RungCost]) -> str:
+def _sums(costs: Sequence[TimedCost]) -> str:
     tokens = sum(cost.rung.tokens for cost in costs)
     flops = sum(cost.flops for cost in costs)
     hours = sum(cost.seconds for cost in costs) / 3600

@@ -21,6 +21,10 @@ HUBER_DELTA = 1e-3
 
 FEWEST_POINTS = 8
 LARGEST_EXPONENT = 2.0
+INTERVAL = 0.95
+"""The part of bootstrapped values that an interval holds, the middle one."""
+HELD_OUT = 0.25
+"""The part of the runs, the largest, whose losses a law of the others is to tell."""
 AGREE = 1e-6
 SHORT_SEARCH, FINALISTS = 60, 16
 """Steps of the searches from all starts, and how many of them go on."""
@@ -213,30 +217,27 @@ def grid(points: Sequence[Point]) -> list[tuple[float, ...]]:
     return sorted((place[point.parameters], point.tokens, point.rank_ratio) for point in points)
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+def interval(values: Sequence[float]) -> tuple[float, float]:
     """The middle part of bootstrapped values."""
     # Between two infinities there is nothing to interpolate.
     finite = np.clip(np.asarray(values), -LARGEST, LARGEST)
-    low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(finite, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
     return float(low), float(high)
 
 
-def held_out_error(
-    law: LawName, points: Sequence[Point], *, repeated: bool = False, part: float = 0.25
-) -> dict[str, Any] | None:
-    """How well a law that is fitted to the smaller runs tells the losses of the largest.
+def held_out_error(law: LawName, points: Sequence[Point], *, repeated: bool = False) -> dict[str, Any] | None:
+    """How well a law that is fitted to the smaller runs tells the losses of the largest by parameters x tokens.
 
     Args:
         law: Which.
         points: Of one family.
         repeated: As for `fit_law`.
-        part: Of the runs, the largest by parameters x tokens.
 
     Returns:
         ``error``, the mean absolute error in nats, and ``runs``; None where too few runs are left for the fit.
     """
     ordered = sorted(points, key=lambda point: point.parameters * point.tokens)
-    count = max(1, round(part * len(ordered)))
+    count = max(1, round(HELD_OUT * len(ordered)))
     try:
         fit = fit_law(law, ordered[:-count], repeated=repeated)
     except KalmaGroveError:

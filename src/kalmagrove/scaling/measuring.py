@@ -48,7 +48,7 @@ def measured_flops_per_second(
         raise UsageError("--measure needs the fit of a sweep, which says how its models were built")
     if answer.model.parameters > MOST_PARAMETERS:
         size = f"a model of {answer.model.parameters:.3g} parameters"
-        raise UsageError(f"{size} is too large to be tried here; give --flops_per_second")
+        raise UsageError(f"{size} is too large to be tried here; give --flops_per_second in the place of --measure")
     say(f"measuring a few steps of {answer.family.name} {answer.model.size}")
     member, model_options = model_of(answer, models)
     length, tokens_per_step = int(models["context_length"]), int(models["tokens_per_step"])

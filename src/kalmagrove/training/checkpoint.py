@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import fsync_file, fsync_folder, remove, rename_over, temporary_name
+from kalmagrove.tensor_files import disk_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,7 +282,6 @@ def _sha256(path: Path) -> str:
 
 def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, str]:
     """Store each distinct tensor once and return the name it has for each further name."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from kalmagrove.training.nested import memory_of
@@ -296,11 +296,8 @@ def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, str
         else:
             names_by_memory[memory] = name
             stored[name] = tensor
-    try:
+    with disk_errors(path):
         save_file(_without_shared_storage(stored), path)
-    except SafetensorError as error:
-        # The library hides the error number of a full disk in its own exception.
-        raise OSError(f"{path} could not be written: {error}") from error
     # The library makes the file private to its owner, unlike the others beside it.
     path.chmod(path.parent.stat().st_mode & 0o666)
     fsync_file(path)

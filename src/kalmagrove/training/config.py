@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -434,8 +435,12 @@ def parse_count(text: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", str(text).strip().lower().replace("_", ""))
     if match is None:
         raise UsageError(f"{text!r} is not a number of tokens; write for example 500k, 2m or 1.5b")
-    # Of a float 8.12m would be a token less than 8,120,000.
-    count = Decimal(match[1]) * _SUFFIX[match[2]]
+    try:
+        # Of a float 8.12m would be a token less than 8,120,000.
+        count = Decimal(match[1]) * _SUFFIX[match[2]]
+    except ArithmeticError:
+        # Its exponent is beyond what a Decimal holds.
+        count = Decimal("Infinity")
     if count > MOST_TOKENS:
         raise UsageError(f"{text!r} is more than {MOST_TOKENS:,} tokens; write fewer")
     return round(count)
@@ -521,6 +526,8 @@ def parse_duration(text: str) -> float:
         UsageError: It is not one.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smh])", text.strip().lower())
-    if not parts or "".join(number + unit for number, unit in parts) != text.strip().lower():
+    seconds = sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    is_whole = "".join(number + unit for number, unit in parts) == text.strip().lower()
+    if not parts or not is_whole or not math.isfinite(seconds):
         raise UsageError(f"{text!r} is not a duration; write for example 90s, 10m or 1h30m")
-    return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    return seconds

@@ -39,7 +39,7 @@ def image_line(folder: Path, number: int, generator: np.random.Generator) -> dic
 def row_line(generator: np.random.Generator) -> dict[str, Any]:
     size = round(float(generator.uniform(0, 10)), 2)
     parts = [{"row": {"size": size, "colour": str(generator.choice(["red", "blue"]))}}, {"text": "how large?"}]
-    return {"parts": [*parts, {"text": " large" if size > 5 else " small", "learn": True}]}
+    return {"parts": [*parts, {"text": " very large" if size > 5 else " small", "learn": True}]}
 
 
 @pytest.fixture
@@ -93,10 +93,26 @@ def test_it_trains_and_answers(lines: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["train", "--data", str(lines), "--modality", "mixed", *options.split(), str(run)]) == 0
     capsys.readouterr()
     assert main(["predict", str(run), "--data", str(lines / "test.jsonl"), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert told.err == ""
     assert found["scores"]["rows"] == 40 and found["scores"]["accuracy"] > 0.8
-    assert {row["answer"].strip() for row in found["rows"]} >= {"bright", "dark", "large", "small"}
-    assert main(["predict", str(run), "--data", str(lines / "test.jsonl"), "--target", "x"]) == 2
+    assert {row["answer"].strip() for row in found["rows"]} >= {"bright", "dark", "very large", "small"}
+    whole = [row["answer"] for row in found["rows"]]
+    assert main(["predict", str(run), "--data", str(lines / "test.jsonl"), "--max_new_tokens", "1", "--json"]) == 0
+    told = capsys.readouterr()
+    assert [row["answer"] for row in json.loads(told.out)["rows"]] == [text.removesuffix(" large") for text in whole]
+    cut = sum(text.endswith(" large") for text in whole)
+    assert told.err == f"{cut} answers were cut, at 1 tokens or where the model's context ends\n"
+    for flag, value, reason in (
+        ("--target", "x", "is for tables"),
+        ("--quantiles", "0.5", "is for tables"),
+        ("--orders", "8", "is for tables"),
+        ("--seed", "0", "is for tables"),
+        ("--batch_size", "64", "is for tables and images"),
+    ):
+        assert main(["predict", str(run), "--data", str(lines / "test.jsonl"), flag, value]) == 2
+        assert capsys.readouterr().err == f"kalmagrove: {flag} {reason}; leave it out\n"
 
 
 @pytest.mark.parametrize(
