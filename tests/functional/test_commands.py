@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from kalmagrove import commands
-from kalmagrove.cli import COMMANDS, main
+from kalmagrove.cli import main
+from kalmagrove.commands.names import COMMANDS
 from kalmagrove.commands.parsing import print_json
 
 SMALL = [

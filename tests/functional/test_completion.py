@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kalmagrove.cli import COMMANDS, main
+from kalmagrove.cli import main
 from kalmagrove.commands.completion import SHELLS
+from kalmagrove.commands.names import COMMANDS
 
 DRIVER = """
 source "$1"; shift

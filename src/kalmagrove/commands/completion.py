@@ -17,8 +17,8 @@ except ImportError:
     shtab = None  # type: ignore[assignment]  # The extra is not there.
 
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("config", "data", "data.source", "model", "prompt_file", "rows", "runs", "source", "other_text")
-FOLDERS = ("out", "data_folder", "data.folder", "task_data", "dense_out")
+FILES = ("begin", "config", "data", "data.source", "model", "other_text", "prompt_file", "rows", "runs", "source")
+FOLDERS = ("data.folder", "data_folder", "dense_out", "fit", "folder", "out", "task_data")
 EXAMPLES = """\
   kalmagrove completion bash > ~/.local/share/bash-completion/completions/kalmagrove
   kalmagrove completion zsh > ~/.zfunc/_kalmagrove         (with fpath+=~/.zfunc before compinit)"""
@@ -45,7 +45,7 @@ def run(words: Sequence[str]) -> None:
 
 def whole_parser() -> argparse.ArgumentParser:
     """All commands as one parser of the standard library's."""
-    from kalmagrove.cli import COMMANDS
+    from kalmagrove.commands.names import COMMANDS
     from kalmagrove.commands.parsers import PARSERS, parser_of, short_names
 
     root = argparse.ArgumentParser("kalmagrove")
