@@ -134,6 +134,6 @@ def _export_compressed(model: CompressedForCausalLM, source: str, folder: Path, 
         with whole_folder(folder) as temporary:
             write_folder(dense, temporary)
             copy_tokenizer(Path(model_folder(source)), temporary)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise KalmaGroveError(f"cannot write {folder}: {error}") from error
     return f"a dense {family} model"
