@@ -142,11 +142,13 @@ def rename_over(prepared: Path, path: Path, *, aside: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, unless: str | None = None) -> Iterator[Path]:
     """An empty temporary folder to fill, which takes its name when the context ends without an error, and else goes.
 
     Args:
         path: The name; a folder, a file or nothing may have it. Folders around it are made where they are missing.
+        unless: A file. A folder that has it when the context ends was made by another process meanwhile, which may be
+            using it, and is kept; any other that is not empty is an error. None replaces whatever has the name.
 
     Raises:
         OSError: The folder could not be made or renamed, or did not reach the disk.
@@ -157,9 +159,25 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        replace_folder(temporary, path)
+        if unless is None:
+            replace_folder(temporary, path)
+        else:
+            _take_free_name(temporary, path, unless)
     finally:
         remove(temporary)
+
+
+def _take_free_name(temporary: Path, path: Path, unless: str) -> None:
+    fsync_tree(temporary)
+    try:
+        # Unlike POSIX, Windows does not rename over an empty folder.
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        os.rename(temporary, path)
+    except OSError:
+        if not (path / unless).exists():
+            raise
+    fsync_folder(path.parent)
 
 
 def remove(path: Path) -> None:

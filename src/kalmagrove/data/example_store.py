@@ -214,7 +214,7 @@ def prepare_examples(source: ExampleSource, folder: Path, *, progress: Progress 
         return packed
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise KalmaGroveError(f"{folder} holds other files; choose a folder that is empty or does not exist yet")
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, unless=MANIFEST) as temporary:
         _write(source, temporary, progress or (lambda stage, done: None))
     return _open(folder, verify=True)[0]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -36,14 +35,7 @@ from kalmagrove.data.tokenizer import (
     train_tokenizer,
 )
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import (
-    fsync_file,
-    fsync_folder,
-    remove,
-    remove_abandoned,
-    temporary_name,
-    write_json_atomic,
-)
+from kalmagrove.files import fsync_file, remove_abandoned, whole_folder, write_json_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -207,15 +199,8 @@ def prepare(
         used = train_tokenizer(_reported(training_text, report), vocab_size)
     else:
         used = load_tokenizer(tokenizer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(folder)
-    remove(temporary)
-    try:
-        temporary.mkdir()
+    with whole_folder(folder, unless=MANIFEST) as temporary:
         _write_folder(temporary, documents(), used, inputs, content, report)
-        _take_name(temporary, folder)
-    finally:
-        remove(temporary)
     return _reuse(folder, inputs)
 
 
@@ -327,19 +312,6 @@ def _has_same_content(folder: Path, inputs: dict[str, Any]) -> bool:
 
 def _shown(value: object) -> str:
     return "left out" if value is None else str(value)
-
-
-def _take_name(temporary: Path, folder: Path) -> None:
-    """Another process may have made the same folder meanwhile; then that one is kept."""
-    try:
-        # Unlike POSIX, Windows does not rename over an empty folder.
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        os.rename(temporary, folder)
-    except OSError:
-        if not (folder / MANIFEST).exists():
-            raise
-    fsync_folder(folder.parent)
 
 
 def _reported(documents: Iterable[str], report: Progress) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from kalmagrove.data.tokenizer import copy_tokenizer
@@ -70,7 +69,7 @@ def export_folder(
             else:
                 save_model(merged, temporary)
             copy_tokenizer(Path(model_folder(source)), temporary)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise KalmaGroveError(f"cannot write {folder}: {error}") from error
     return "a dense kalmagrove model" if form == "dense" or family is None else f"a stock {family} model"
 

@@ -1,10 +1,14 @@
 """A table is packed as examples whose columns are told from the training rows alone."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kalmagrove import files
+from kalmagrove.data import example_store
 from kalmagrove.data.example_store import open_examples, prepare_examples
 from kalmagrove.data.tables.codec import open_codec
 from kalmagrove.data.tables.columns import NumberColumn
@@ -43,6 +47,23 @@ def test_the_same_table_gives_the_same_data_and_another_seed_other_splits(tmp_pa
     (tmp_path / "table.csv").write_text((tmp_path / "table.csv").read_text() + "\n7,odd,more\n")
     with pytest.raises(KalmaGroveError, match="prepared from something else"):
         prepare_examples(table_source(path, seed=0), tmp_path / "first")
+
+
+def test_a_folder_that_another_process_packed_meanwhile_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = table_source(str(write_table(tmp_path)), seed=0)
+    first = prepare_examples(table, tmp_path / "first")
+    write = example_store._write
+
+    def write_while_another_finishes(*arguments: Any) -> None:
+        write(*arguments)
+        shutil.copytree(first.folder, tmp_path / "packed")
+
+    monkeypatch.setattr(example_store, "_write", write_while_another_finishes)
+    monkeypatch.setattr(files, "replace_folder", lambda *_: pytest.fail("another process may be reading it"))
+    assert prepare_examples(table, tmp_path / "packed").splits == first.splits
+    assert {path.name for path in tmp_path.iterdir()} == {"first", "packed", "table.csv"}
 
 
 def test_statistics_come_from_the_training_rows_alone(tmp_path: Path) -> None:
