@@ -178,6 +178,6 @@ def test_a_base_that_changed_is_refused(base: Path, domain: Path, capsys: pytest
         next(model.parameters()).mul_(1.001)
     model.save_pretrained(base / "model")
     code, _, error = answer(capsys, *adapt(base, domain))
-    assert code == 1 and "belongs to another configuration (model.fingerprint" in error
+    assert code == 2 and "belongs to another configuration (model.fingerprint" in error
     code, _, error = answer(capsys, "eval", str(base), "--data", str(domain), "--adaptor", "legal")
     assert code == 1 and "was trained over another base model" in error

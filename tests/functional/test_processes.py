@@ -106,6 +106,17 @@ def test_nproc_ends_with_a_checkpoint_that_one_process_goes_on_from(
         assert losses(folder) == pytest.approx(unbroken, abs=0.02)
 
 
+def test_a_folder_of_another_configuration_is_refused_once_for_all_processes(text_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("optim: {lr: 1.0}\n")
+    log = tmp_path / "log"
+    assert start([sys.executable, *command(text_file, folder), "--nproc", "2"], log).wait(DEADLINE) == 2
+    said = log.read_text()
+    assert said.count("belongs to another configuration") == 1
+    assert "connection" not in said and "goes on from" not in said and "Traceback" not in said
+
+
 def test_torchrun_starts_a_killed_process_again_and_the_run_ends_as_if_nothing_had_been(
     text_file: Path, unbroken: list[float], tmp_path: Path
 ) -> None:

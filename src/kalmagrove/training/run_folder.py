@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import remove, write_json_atomic, write_text_atomic
 from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 
@@ -274,7 +274,7 @@ def _require_same_config(
     if differences:
         more = len(differences) - _SHOWN_DIFFERENCES
         shown = ", ".join(differences[:_SHOWN_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-        raise KalmaGroveError(
+        raise UsageError(
             f"Run folder {run.path} belongs to another configuration ({shown}); "
             "choose another folder or delete this one"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kalmagrove.data.training_data import TrainingData
-from kalmagrove.errors import KalmaGroveError
+from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import write_json_atomic
 from kalmagrove.training.checkpoint import (
     checkpoint_path,
@@ -60,12 +60,7 @@ class TrainingSession:
         check_tracker(config.track)
         check_energy(config.energy)
         self.run, self.world = self._make_run(config, data, folder, world), world
-        self.folder = (
-            open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config))
-            if world.is_first
-            else RunFolder(folder)
-        )
-        world.wait()
+        self.folder = self._open_folder(config, folder)
         self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
         self.evaluations: dict[int, float] = {}
         self.saved_steps: set[int] = set()
@@ -85,6 +80,23 @@ class TrainingSession:
 
     def _make_run(self, config: TrainConfig, data: TrainingData, folder: Path, world: World) -> TrainingRun:
         return TrainingRun(config, data, world)
+
+    def _open_folder(self, config: TrainConfig, path: Path) -> RunFolder:
+        """The folder, which the first process holds for all; where it is refused, all of them end for that reason."""
+        folder, refusal = RunFolder(path), None
+        if self.world.is_first:
+            try:
+                folder = open_run_folder(
+                    path, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config)
+                )
+            except (KalmaGroveError, OSError) as error:
+                refusal = error
+        is_refused = self.world.largest([refusal is not None], self.run.device)[0] > 0
+        if refusal is not None:
+            raise refusal
+        if is_refused:
+            raise UsageError("the first process could not open the run folder")
+        return folder
 
     def _resume(self, warn: Callable[[str], None]) -> None:
         checkpoint, damaged = latest_checkpoint(self.folder.checkpoints_path)
