@@ -9,6 +9,9 @@ import torch
 
 from kalmagrove.errors import UsageError
 
+Precision = Literal["bf16", "fp32"]
+"""Of the matrix products; what is kept stays float32."""
+
 AUTOCAST_KINDS = frozenset(
     kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind)
 )
@@ -55,7 +58,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def choose_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]:
+def choose_precision(name: str, device: torch.device) -> Precision:
     """The precision of the forward and backward pass; "auto" is bf16 where it is native.
 
     Raises:
@@ -63,7 +66,7 @@ def choose_precision(name: str, device: torch.device) -> Literal["bf16", "fp32"]
     """
     if name == "auto":
         return "bf16" if has_fast_bfloat16(device) else "fp32"
-    known: dict[str, Literal["bf16", "fp32"]] = {"bf16": "bf16", "fp32": "fp32"}
+    known: dict[str, Precision] = {"bf16": "bf16", "fp32": "fp32"}
     if name not in known:
         raise UsageError(f"precision must be auto, bf16 or fp32, got {name!r}")
     return known[name]
@@ -91,6 +94,6 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> torch.autocast:
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """A context in which matrix products run in the given precision; parameters stay float32."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

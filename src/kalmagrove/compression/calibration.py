@@ -13,6 +13,7 @@ from kalmagrove.data.sources import iter_documents
 from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.precision import Precision
 
 FEWEST_WINDOWS = 4
 
@@ -79,7 +80,7 @@ def _first_tokens(data: str | None, tokenizer_folder: str, count: int) -> np.nda
     return np.concatenate(parts)[:count] if parts else np.zeros(0, dtype=np.int64)
 
 
-def loss_of(model: nn.Module, windows: Tensor, precision: str) -> float:
+def loss_of(model: nn.Module, windows: Tensor, precision: Precision) -> float:
     """Mean nats a token of windows (windows, context + 1)."""
     length = windows.shape[1] - 1
     nats, scored = nats_of_windows(
@@ -88,6 +89,6 @@ def loss_of(model: nn.Module, windows: Tensor, precision: str) -> float:
         # Attributes of modules have no types.
         vocab_size=int(model.config.vocab_size),  # type: ignore[union-attr, arg-type]
         device=next(model.parameters()).device,
-        precision="bf16" if precision == "bf16" else "fp32",
+        precision=precision,
     )
     return nats / scored

@@ -30,7 +30,7 @@ from kalmagrove.errors import UsageError
 from kalmagrove.files import require_free_folder, whole_folder, write_json_atomic
 from kalmagrove.models.compressed import CompressedForCausalLM, to_dense
 from kalmagrove.models.convert import write_folder
-from kalmagrove.precision import choose_device, choose_precision
+from kalmagrove.precision import Precision, choose_device, choose_precision
 
 Progress = Callable[[str, float], None]
 """Called with a stage and the part of it that is done."""
@@ -130,7 +130,7 @@ def _refitted(
     options: CompressOptions,
     length: RefitLength,
     text: CalibrationText,
-    precision: str,
+    precision: Precision,
     work: WorkFolder,
     progress: Progress,
 ) -> RefitResult:
@@ -155,7 +155,7 @@ def _better_fit(
     choices: list[Choice],
     store: MomentStore,
     text: CalibrationText,
-    precision: str,
+    precision: Precision,
     progress: Progress,
 ) -> tuple[dict[int, Factors], bool]:
     """The better on the validation windows of the fit to the dense model's inputs and of the one that follows the
@@ -176,7 +176,7 @@ def fit_layers(
     choices: list[Choice],
     store: MomentStore,
     windows: Tensor,
-    precision: str,
+    precision: Precision,
     progress: Progress,
 ) -> dict[int, Factors]:
     """Factors of all matrices; each layer's are kept, and taken from the work folder where they are there.
@@ -249,7 +249,7 @@ def _read_text(options: CompressOptions, source: Source) -> CalibrationText:
         )
 
 
-def _identity(options: CompressOptions, source: Source, text: CalibrationText, precision: str) -> dict[str, Any]:
+def _identity(options: CompressOptions, source: Source, text: CalibrationText, precision: Precision) -> dict[str, Any]:
     windows = torch.cat((text.train, text.valid)).numpy().tobytes()
     return {
         "source": fingerprint_of(source.files()),
@@ -261,7 +261,7 @@ def _identity(options: CompressOptions, source: Source, text: CalibrationText, p
 
 
 def _gather(
-    store: MomentStore, dense: PreTrainedModel, windows: Tensor, seed: int, precision: str, progress: Progress
+    store: MomentStore, dense: PreTrainedModel, windows: Tensor, seed: int, precision: Precision, progress: Progress
 ) -> None:
     steps = len(store.blocks(dense)) * len(windows)
     done = 0

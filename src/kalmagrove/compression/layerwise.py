@@ -21,6 +21,7 @@ from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.statistics import Moments
 from kalmagrove.compression.stream import LayerStream
 from kalmagrove.models.merging import dense_weight
+from kalmagrove.precision import Precision
 
 RIDGE = 0.03
 """Of the regression on the compressed layers' outputs, relative to the mean power of the input."""
@@ -91,7 +92,7 @@ class LayerwiseFit:
         choices: Sequence[Choice],
         windows: Tensor,
         *,
-        precision: str,
+        precision: Precision,
     ) -> None:
         self.model, self.matrices = model, matrices
         self.choices = {number: choice for choice in choices for number in choice.group.members}

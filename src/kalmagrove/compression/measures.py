@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from kalmagrove.compression.calibration import loss_of
 from kalmagrove.models.compressed import matrix_sizes
 from kalmagrove.nn.compact import CompactLinear
-from kalmagrove.precision import autocast, synchronize
+from kalmagrove.precision import Precision, autocast, synchronize
 
 REPEATS = 3
 
@@ -44,7 +44,7 @@ class Measures:
         return asdict(self)
 
 
-def measure(model: PreTrainedModel, windows: Tensor, *, dtype: torch.dtype, precision: str) -> Measures:
+def measure(model: PreTrainedModel, windows: Tensor, *, dtype: torch.dtype, precision: Precision) -> Measures:
     """Measures of a model on windows (windows, context + 1).
 
     Args:
@@ -80,10 +80,10 @@ def multiplications(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
-def _speed(model: PreTrainedModel, tokens: Tensor, precision: str) -> float:
+def _speed(model: PreTrainedModel, tokens: Tensor, precision: Precision) -> float:
     device = next(model.parameters()).device
     tokens, seconds = tokens.to(device), []
-    with autocast("bf16" if precision == "bf16" else "fp32", device):
+    with autocast(precision, device):
         for _ in range(REPEATS + 1):
             synchronize(device)
             began = time.perf_counter()

@@ -16,6 +16,7 @@ from kalmagrove.compression.statistics import Moments, gather_moments
 from kalmagrove.compression.units import order_units
 from kalmagrove.compression.whitening import cholesky_root
 from kalmagrove.compression.work import WorkFolder
+from kalmagrove.precision import Precision
 
 
 class MomentStore:
@@ -48,7 +49,7 @@ class MomentStore:
         return blocks
 
     def gather(
-        self, model: PreTrainedModel, windows: Tensor, *, seed: int, precision: str, progress: Callable[[], None]
+        self, model: PreTrainedModel, windows: Tensor, *, seed: int, precision: Precision, progress: Callable[[], None]
     ) -> None:
         """Fills the folder with what is not there yet.
 

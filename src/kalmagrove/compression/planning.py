@@ -18,6 +18,7 @@ from kalmagrove.compression.plan import Choice, Group, choose_forms, choose_rank
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.compression.units import find_feed_forwards
 from kalmagrove.errors import UsageError
+from kalmagrove.precision import Precision
 
 SEARCH_STEPS = 6
 Forms = list[list[list[Group]]]
@@ -62,7 +63,7 @@ def make_plan(
     dense: PreTrainedModel,
     store: MomentStore,
     text: CalibrationText,
-    precision: str,
+    precision: Precision,
     progress: Callable[[str, float], None],
 ) -> list[Choice]:
     """Every group and its rank; kept in the work folder, and taken from there where it is there.
@@ -129,7 +130,7 @@ def _search(
     dense: PreTrainedModel,
     store: MomentStore,
     text: CalibrationText,
-    precision: str,
+    precision: Precision,
     progress: Callable[[str, float], None],
 ) -> list[Choice]:
     """The smallest model within the target, by bisection of the part that is kept."""
@@ -149,7 +150,7 @@ def _search(
 
 
 def _perplexity_of(
-    choices: Sequence[Choice], dense: PreTrainedModel, store: MomentStore, text: CalibrationText, precision: str
+    choices: Sequence[Choice], dense: PreTrainedModel, store: MomentStore, text: CalibrationText, precision: Precision
 ) -> float:
     model = copy.deepcopy(dense)
     device = next(dense.parameters()).device

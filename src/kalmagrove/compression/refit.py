@@ -22,7 +22,7 @@ from kalmagrove.errors import UsageError
 from kalmagrove.files import remove
 from kalmagrove.optim.build import build_optimizers, scale_learning_rates
 from kalmagrove.optim.kalma import Kalma
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 from kalmagrove.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -126,7 +126,7 @@ class _Run:
     dense: PreTrainedModel
     valid: Tensor
     length: RefitLength
-    precision: str
+    precision: Precision
     trained: list[nn.Parameter]
     kalma: Kalma
     state: _State
@@ -174,7 +174,7 @@ def refit(
     *,
     batch_size: int,
     seed: int,
-    precision: str,
+    precision: Precision,
     folder: Path | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> RefitResult:
@@ -302,8 +302,8 @@ def _trained_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def _distance(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor, precision: str) -> Tensor:
-    with autocast("bf16" if precision == "bf16" else "fp32", tokens.device):
+def _distance(model: PreTrainedModel, dense: PreTrainedModel, tokens: Tensor, precision: Precision) -> Tensor:
+    with autocast(precision, tokens.device):
         with torch.no_grad():
             wanted = dense(input_ids=tokens, output_hidden_states=True)
         found = model(input_ids=tokens, output_hidden_states=True)

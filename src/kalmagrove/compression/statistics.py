@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from kalmagrove.compression.sites import Matrix
 from kalmagrove.models.merging import dense_weight
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def gather_moments(
     windows: Tensor,
     *,
     seed: int,
-    precision: str,
+    precision: Precision,
     progress: Callable[[], None] = lambda: None,
 ) -> Moments:
     """Both moments of matrices, over windows (windows, context + 1), one window at a time.
@@ -67,7 +67,7 @@ def gather_moments(
             tokens = row[None, :-1].to(device)
             # Gradients flow from the first layer on, though no parameter has one.
             embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
-            with torch.enable_grad(), autocast("bf16" if precision == "bf16" else "fp32", device):
+            with torch.enable_grad(), autocast(precision, device):
                 logits = model(inputs_embeds=embedded).logits[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 nats = F.cross_entropy(logits, drawn.to(device), reduction="sum")

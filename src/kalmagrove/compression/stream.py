@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kalmagrove.compression.sites import decoder_layers
 from kalmagrove.models.decoder import DecoderLayer
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -34,7 +34,7 @@ class LayerStream:
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, windows: Tensor, *, precision: str) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor, *, precision: Precision) -> None:
         self.layers = decoder_layers(model)[1]
         self.precision = precision
         self.device = next(model.parameters()).device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 from kalmagrove.world import ALONE, World
 
 TOKENS_AT_ONCE = 1 << 13
@@ -25,7 +25,7 @@ def score_examples(
     split: str,
     *,
     device: torch.device,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
     most: int | None = None,
     world: World = ALONE,
 ) -> Scores:

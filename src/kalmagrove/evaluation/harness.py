@@ -35,7 +35,7 @@ def run_tasks(
     limit: int | None = None,
     context_length: int | None = None,
     device: str = "auto",
-    precision: Any = "auto",
+    precision: str = "auto",
     adaptor: str | None = None,
 ) -> dict[str, dict[str, float]]:
     """Scores of a model on tasks, by lm-eval's own code.

@@ -14,13 +14,13 @@ from kalmagrove.data.images.parts import FEATURE, image_part, label_part
 from kalmagrove.data.images.patches import from_patches
 from kalmagrove.data.images.sequences import sequences_of
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.evaluation.image_predictions import Precision, check_model
+from kalmagrove.evaluation.image_predictions import check_model
 from kalmagrove.modalities.patch import PatchModality
 from kalmagrove.modalities.sequences import Sequences
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 
 def draw_images(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from kalmagrove.modalities.patch import PatchModality, bits_per_dimension
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast, without_autocast
-
-Precision = Literal["bf16", "fp32"]
+from kalmagrove.precision import Precision, autocast, without_autocast
 
 
 def predict_images(opened: ModalityModel, path: str, *, batch_size: int = 64) -> Predictions:

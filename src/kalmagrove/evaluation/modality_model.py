@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kalmagrove.data.example_store import read_schema
 from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.models.convert import load_model, model_folder
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
-from kalmagrove.precision import choose_device, choose_precision
+from kalmagrove.precision import Precision, choose_device, choose_precision
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -31,7 +31,7 @@ class ModalityModel:
     model: KalmaGroveForCausalLM
     tokenizer: Tokenizer
     schema: dict[str, Any]
-    precision: Literal["bf16", "fp32"]
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Predictions:
     notes: list[str] = field(default_factory=list)
 
 
-def open_modality_model(source: str, *, device: str = "auto", precision: Any = "auto") -> ModalityModel:
+def open_modality_model(source: str, *, device: str = "auto", precision: str = "auto") -> ModalityModel:
     """Opens a model that was trained on tables or images.
 
     Args:

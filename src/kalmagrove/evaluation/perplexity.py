@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from kalmagrove.data.batches import evaluation_windows
 from kalmagrove.models.scoring import nats_of_windows
+from kalmagrove.precision import Precision
 from kalmagrove.world import ALONE, World
 
 
@@ -78,7 +79,7 @@ def score_tokens(
     stride: int,
     vocab_size: int,
     device: torch.device,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
     world: World = ALONE,
 ) -> Scores:
     """Scores of a whole token stream, each token but the first exactly once.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from kalmagrove.data.synthetic.recall import RecallSource
 from kalmagrove.data.synthetic.source import STREAMS, open_synthetic
 from kalmagrove.evaluation.perplexity import Scores
 from kalmagrove.models.scoring import LOGIT_BUDGET, evaluating, stacked_windows
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 WINDOWS_AT_ONCE = 256
 
@@ -123,7 +123,7 @@ def recall_outcomes(
     *,
     vocab_size: int,
     device: torch.device,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
 ) -> list[RecallOutcome]:
     """What a model makes of each answer of a recall task that its window tells and that counts.
 
@@ -178,7 +178,7 @@ def reference_of(
     stride: int,
     vocab_size: int,
     device: torch.device,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
 ) -> Reference:
     """What is known of a synthetic text, to hold a model's scores against.
 

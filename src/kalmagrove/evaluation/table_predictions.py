@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from kalmagrove.modalities.number import NumberModality
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 Values = Mapping[int, Value]
 """The cells of a row that a prediction may look at, by the place of their column; None is a missing value."""
@@ -40,7 +40,7 @@ class PredictionTerms:
     orders: int = 8
     seed: int = 0
     batch_size: int = 64
-    precision: Literal["bf16", "fp32"] = "fp32"
+    precision: Precision = "fp32"
 
 
 def predict_column(

@@ -35,7 +35,7 @@ def score_text(
     context_length: int | None = None,
     stride: int | None = None,
     device: str = "auto",
-    precision: Any = "auto",
+    precision: str = "auto",
     adaptor: str | None = None,
 ) -> Scores:
     """Scores of a model on a text; the documents are joined by the end-of-text token, as in training.

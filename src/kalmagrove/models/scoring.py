@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import groupby, islice
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 from kalmagrove.world import ALONE, World
 
 LOGIT_BUDGET = 1 << 25
@@ -37,7 +36,7 @@ def nats_of_windows(
     *,
     vocab_size: int,
     device: torch.device,
-    precision: Literal["bf16", "fp32"],
+    precision: Precision,
     world: World = ALONE,
 ) -> tuple[float, int]:
     """Sum of nats over windows, and the number of tokens that were scored.

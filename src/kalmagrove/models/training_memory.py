@@ -16,7 +16,7 @@ from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.optim.curvature import BLOCK_SIZE, blocks_shape
 from kalmagrove.optim.groups import kalma_groups
 from kalmagrove.optim.whitening import count_state
-from kalmagrove.precision import autocast
+from kalmagrove.precision import Precision, autocast
 
 FLOAT_BYTES = 4
 
@@ -51,7 +51,7 @@ def training_memory(
     batch_size: int,
     context_length: int,
     optimizer: str,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     world_size: int = 1,
     sharded: bool = False,
     activation_checkpointing: bool = False,
@@ -111,7 +111,7 @@ def _optimizer_bytes(model: KalmaGroveForCausalLM, optimizer: str, world_size: i
 
 
 def _activation_bytes(
-    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: str, made_again: bool
+    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: Precision, made_again: bool
 ) -> int:
     everything = _saved_bytes(config, batch_size, context_length, precision)
     if not made_again:
@@ -122,7 +122,7 @@ def _activation_bytes(
 
 
 def _saved_bytes(
-    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: str, *, made_again: bool = False
+    config: KalmaGroveConfig, batch_size: int, context_length: int, precision: Precision, *, made_again: bool = False
 ) -> int:
     """Bytes of the distinct tensors that autograd keeps for the backward, without the parameters."""
     saved: dict[int, int] = {}
@@ -144,7 +144,7 @@ def _saved_bytes(
         device = torch.device("cpu")
         with (
             torch.autograd.graph.saved_tensors_hooks(look_on, lambda tensor: tensor),
-            autocast("bf16" if precision == "bf16" else "fp32", device),
+            autocast(precision, device),
         ):
             model.token_loss_sum(tokens, tokens)
     return sum(size for key, size in saved.items() if key not in owned)

@@ -26,7 +26,7 @@ from kalmagrove.models.presets import PARTS, split_parts, split_preset
 
 OptimizerName = Literal["kalma", "adamw", "muon", "soap"]
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
-Precision = Literal["auto", "bf16", "fp32"]
+PrecisionChoice = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
 ModalityName = Literal["text", "table", "image", "mixed"]
 Scan = Literal["z-order", "raster"]
@@ -299,7 +299,7 @@ class LoopConfig:
     context_length: int = 256
     micro_batch_size: int | None = None
     seed: int = 0
-    precision: Precision = "auto"
+    precision: PrecisionChoice = "auto"
     device: str = "auto"
     log_every: int = 10
     gradient_metrics: bool = False
