@@ -37,7 +37,7 @@ def test_sweep_fit_plan_and_report(
     assert main([*words, "--out", "ladder", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["runs"] == 12
     assert Path("ladder/runs.jsonl").read_bytes() == before
-    assert main([*words, "--out", "ladder", "--head_dim", "16"]) == 1
+    assert main([*words, "--out", "ladder", "--head_dim", "16"]) == 2
     assert "belongs to another configuration (head_dim: 8 -> 16)" in capfd.readouterr().err
     assert main(["scale", "fit", "ladder", "--resamples", "5"]) == 0
     assert "kalmagrove - llama" in capfd.readouterr().out

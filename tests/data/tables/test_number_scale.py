@@ -39,6 +39,7 @@ def test_places_and_bins_never_fall(values: list[float], bins: int) -> None:
 
 
 @given(NUMBERS, st.lists(st.floats(0.001, 1), min_size=16, max_size=16), st.integers(2, 16))
+@example([-1.0, -2.0, -1.801439850948199e16], [1.0] * 16, 2)
 def test_quantiles_are_ordered_and_within_the_values(values: list[float], weights: list[float], bins: int) -> None:
     scale = make_scale(values, bins=bins)
     chances = np.array([weights[: scale.bins]])

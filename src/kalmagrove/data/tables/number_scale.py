@@ -90,7 +90,8 @@ class NumberScale:
         own = probabilities[rows, chosen]
         inside = np.clip((level * total - sums[rows, chosen] + own) / np.maximum(own, 1e-300), 0, 1)
         lows, highs = np.array(self.lows)[chosen], np.array(self.highs)[chosen]
-        return np.asarray(lows + inside * (highs - lows))
+        # Over a wide bin the sum is rounded beyond its end.
+        return np.minimum(lows + inside * (highs - lows), highs)
 
 
 def _between(below: float, above: float) -> float:
