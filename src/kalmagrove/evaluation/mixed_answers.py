@@ -19,7 +19,7 @@ from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import autocast
 
 
-def predict_answers(opened: ModalityModel, data: str, *, max_new_tokens: int = 64) -> Predictions:
+def predict_answers(opened: ModalityModel, data: str, *, max_new_tokens: int) -> Predictions:
     """The likeliest text after what each line of a file gives.
 
     Of a line whose parts say ``learn`` it is what follows the parts before the first of those, and that is the answer

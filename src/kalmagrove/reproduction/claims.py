@@ -34,10 +34,10 @@ def _scaling(evidence: Evidence) -> list[Answer]:
         "C11": "the same exponent of data",
         "C12": "the rank governs the loss",
     }
+    of_all, of_ranks = ({} if laws is None else scaling_claims(laws) for laws in (evidence.laws, evidence.rank_laws))
     answers = []
     for name, says in wanted.items():
-        laws = evidence.rank_laws if name == "C12" else evidence.laws
-        found = {} if laws is None else scaling_claims(laws)
+        found = of_ranks if name == "C12" else of_all
         claims = [(subject, claim) for subject, all_of in found.items() for claim in all_of if claim.name == name]
         if name != "C12":
             claims = [(subject, claim) for subject, claim in claims if subject.startswith("kalmagrove")]
