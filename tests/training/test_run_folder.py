@@ -201,11 +201,11 @@ def test_the_result_comes_back_and_is_none_before(tmp_path: Path) -> None:
     assert run.read_result() == {"loss": None, "steps": 3}
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is not valid JSON"), ("[1]", "does not hold a JSON object")])
-def test_an_unusable_result_is_named(tmp_path: Path, content: str, message: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[1]"])
+def test_an_unusable_result_is_named(tmp_path: Path, content: str) -> None:
     run = RunFolder(tmp_path)
     run.result_path.write_text(content)
-    with pytest.raises(KalmaGroveError, match=rf"result\.json {message}; delete it and run again"):
+    with pytest.raises(KalmaGroveError, match=r"result\.json is damaged; delete it and run again"):
         run.read_result()
 
 

@@ -35,7 +35,7 @@ from kalmagrove.data.tokenizer import (
     train_tokenizer,
 )
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import fsync_file, remove_abandoned, whole_folder, write_json_atomic
+from kalmagrove.files import remove_abandoned, whole_folder, write_json_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -390,7 +390,6 @@ class _TokenWriter:
     """Appends documents to one token file and counts what it holds."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._path = path
         self._dtype = dtype
         self._file = path.open("wb")
         self._hash = hashlib.sha256()
@@ -408,9 +407,8 @@ class _TokenWriter:
         return size
 
     def close(self) -> None:
-        """Bring the file to the disk."""
+        """The file is whole, and its folder brings it to the disk."""
         self._file.close()
-        fsync_file(self._path)
 
     def info(self) -> SplitInfo:
         """What the file holds so far."""

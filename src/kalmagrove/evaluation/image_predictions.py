@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.data.images.format import ImageFormat
@@ -22,7 +21,7 @@ from kalmagrove.modalities.patch import PatchModality, bits_per_dimension
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 from kalmagrove.models.scoring import evaluating
 from kalmagrove.nn.grove import composed_weights
-from kalmagrove.precision import Precision, autocast, without_autocast
+from kalmagrove.precision import Precision, autocast
 
 
 def predict_images(opened: ModalityModel, path: str, *, batch_size: int = 64) -> Predictions:
@@ -94,7 +93,7 @@ def look_at(
     with evaluating(model), torch.inference_mode(), composed_weights(model), autocast(precision, model.device):
         hidden = model.model(sequences.tokens, features=sequences.features, axes=sequences.axes).last_hidden_state
         nats = _patch_nats(model, form, hidden, sequences.features[FEATURE])
-        logits = _logits(model, hidden[:, -1])[:, list(form.class_tokens)]
+        logits = model.precise_logits(hidden[:, -1])[:, list(form.class_tokens)]
     return nats.cpu(), logits.softmax(dim=-1).cpu()
 
 
@@ -103,15 +102,8 @@ def _patch_nats(model: KalmaGroveForCausalLM, form: ImageFormat, hidden: Tensor,
     count, modality = len(form.places), model.model.modalities[FEATURE]
     assert isinstance(modality, PatchModality)
     before, patches = hidden[:, 1 : 1 + count].flatten(0, 1), features[:, 2 : 2 + count].flatten(0, 1)
-    nats = modality.nats(before, patches) - _logits(model, before).log_softmax(dim=-1)[:, form.patch_token]
+    nats = modality.nats(before, patches) - model.precise_logits(before).log_softmax(dim=-1)[:, form.patch_token]
     return nats.double().unflatten(0, (-1, count)).sum(dim=1)
-
-
-def _logits(model: KalmaGroveForCausalLM, hidden: Tensor) -> Tensor:
-    """(..., vocabulary); in bfloat16 likely labels would all be equally likely."""
-    with without_autocast(hidden):
-        weight = model.output_weight()
-        return F.linear(model.before_head(hidden.to(weight.dtype)), weight).float()
 
 
 def _batches(

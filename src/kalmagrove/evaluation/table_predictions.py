@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kalmagrove.data.examples import Part
@@ -107,11 +106,7 @@ def _head(model: KalmaGroveForCausalLM, codec: TableCodec, target: int) -> Calla
 
         return of_bins
     tokens = torch.tensor(codec.category_tokens[target], device=model.device)
-    return lambda hidden: _logits(model, hidden)[:, tokens].softmax(dim=-1)
-
-
-def _logits(model: KalmaGroveForCausalLM, hidden: Tensor) -> Tensor:
-    return F.linear(model.before_head(hidden), model.output_weight()).float()
+    return lambda hidden: model.precise_logits(hidden)[:, tokens].softmax(dim=-1)
 
 
 def _texts(
@@ -145,7 +140,7 @@ def _texts(
             )
         while growing:
             batch = [sequence for number in growing for sequence in sequences[number]]
-            logits = _logits(model, _last_hidden(model, codec, batch, terms))
+            logits = model.precise_logits(_last_hidden(model, codec, batch, terms))
             logits[:, forbidden] = -torch.inf
             if not texts[growing[0]]:
                 # An empty text would be a missing value.

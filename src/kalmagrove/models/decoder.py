@@ -30,6 +30,7 @@ from kalmagrove.nn.grove import Basis, GroveLinear, composed_weights
 from kalmagrove.nn.layers import FeedForward, RMSNorm, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
 from kalmagrove.nn.pooling import BlockPooling
+from kalmagrove.precision import without_autocast
 
 # transformers renamed its cache argument; generate() reorders beams under the name that it knows.
 CACHE_NAME = (
@@ -279,6 +280,15 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
     def output_weight(self) -> Tensor:
         """The matrix that makes logits, (vocabulary, hidden or embedding_rank)."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def precise_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., hidden), in the weights' precision whatever autocast says.
+
+        In bfloat16 likely tokens would all be equally likely.
+        """
+        with without_autocast(hidden):
+            weight = self.output_weight()
+            return F.linear(self.before_head(hidden.to(weight.dtype)), weight).float()
 
     def forward(
         self,

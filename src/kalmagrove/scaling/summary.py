@@ -23,6 +23,9 @@ KEPT_DRAWS = 400
 """Bootstrapped constants that are kept, for the intervals of predictions."""
 
 
+Points = tuple[Point, ...]
+
+
 class Drawn(NamedTuple):
     """A fit and its constants in resamples of its points."""
 
@@ -58,18 +61,15 @@ def summarise(
     unknown = next((name for name in baselines if name not in families), None)
     if unknown is not None:
         raise UsageError(f"there is no family {unknown!r}; the table has {', '.join(families)}")
-    references = list(baselines) or [next(iter(families))]
     summary: dict[str, Any] = {
         "runs": len(table.points),
         "left_out": list(table.left_out),
         "method": {"huber_delta": HUBER_DELTA, "resamples": resamples, "seed": seed, "interval": 0.95},
         "families": {},
-        "differences": {},
-        "paired": {},
     }
 
     @cache
-    def fitted(law: LawName, points: tuple[Point, ...], seed: int) -> Drawn:
+    def fitted(law: LawName, points: Points, seed: int) -> Drawn:
         fit = fit_law(law, points, repeated=repeated)
         return Drawn(fit, bootstrap(fit, points, resamples=resamples, seed=seed))
 
@@ -86,22 +86,44 @@ def summarise(
             except KalmaGroveError as error:
                 raise KalmaGroveError(f"family {name}: {error}") from error
             summary["families"][name]["laws"][law] = describe_fit(fit, points, drawn)
+    references = list(baselines) or [next(iter(families))]
+    return summary | compare_families(families, references, fitted, seed=seed, say=say)
+
+
+def compare_families(
+    families: Mapping[str, Points],
+    references: Sequence[str],
+    fitted: Callable[[LawName, Points, int], Drawn],
+    *,
+    seed: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """How the exponents of each family differ from those of each reference, and whether their draws are paired.
+
+    Args:
+        families: The points of each.
+        references: Families that the others, and the references behind them, are compared with.
+        fitted: A law fitted to points, and drawn with a seed.
+        seed: Of the bootstrap.
+        say: Told what is being compared.
+    """
+    found: dict[str, Any] = {"differences": {}, "paired": {}}
     for place, reference in enumerate(references):
         for name in (name for name in families if name not in references[: place + 1]):
             pair = f"{name} - {reference}"
             say(f"comparing {name} with {reference}")
             both = at_common_ranks(families[name], families[reference])
-            summary["paired"][pair] = is_paired = grid(both[0]) == grid(both[1])
+            found["paired"][pair] = is_paired = grid(both[0]) == grid(both[1])
             # Where the grids differ, a seed of its own keeps one family's draws from following the other's.
             seeds = (seed, seed if is_paired else seed + 1)
-            summary["differences"][pair] = {
+            found["differences"][pair] = {
                 law: differences(*(fitted(law, points, own) for points, own in zip(both, seeds, strict=True)))
                 for law in LAWS
             }
-    return summary
+    return found
 
 
-def at_common_ranks(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
+def at_common_ranks(ours: Sequence[Point], theirs: Sequence[Point]) -> tuple[Points, Points]:
     """The points of two families at the ranks that both have: a dense family has the full rank alone.
 
     All of them where there is no such rank.

@@ -11,12 +11,13 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import remove, write_json_atomic, write_text_atomic
+from kalmagrove.files import read_json_object, remove, write_json_atomic, write_text_atomic
 from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 
 _ABSENT = "(absent)"
 _SHOWN_DIFFERENCES = 3
 _SHOWN_CHARACTERS = 60
+_REMEDY = "delete it and run again"
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class RunFolder:
         Raises:
             KalmaGroveError: The file is not a JSON object.
         """
-        return _read_object(self.result_path)
+        return read_json_object(self.result_path, _REMEDY) if self.result_path.exists() else None
 
     def read_environment(self) -> dict[str, Any]:
         """Return what is known of the machine and the code, nothing before the run began.
@@ -129,7 +130,7 @@ class RunFolder:
         Raises:
             KalmaGroveError: The file is not a JSON object.
         """
-        return _read_object(self.environment_path) or {}
+        return read_json_object(self.environment_path, _REMEDY) if self.environment_path.exists() else {}
 
     def release(self) -> None:
         """Let other processes use the folder; doing so twice is harmless."""
@@ -166,18 +167,6 @@ class RunFolder:
             _check_record(record, f"{self.metrics_path} line {number}")
             parsed.append((text, record))
         return parsed
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise KalmaGroveError(f"{path} is not valid JSON; delete it and run again") from error
-    if not isinstance(found, dict):
-        raise KalmaGroveError(f"{path} does not hold a JSON object; delete it and run again")
-    return found
 
 
 def valid_loss_of(result: Mapping[str, Any]) -> float:

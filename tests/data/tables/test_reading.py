@@ -10,8 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from kalmagrove.data.tables.cells import Cell
-from kalmagrove.data.tables.reading import iter_rows, table_files
-from kalmagrove.data.tables.splitting import split_rows
+from kalmagrove.data.tables.reading import iter_rows, split_rows, table_files
 from kalmagrove.errors import KalmaGroveError
 
 

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from kalmagrove.data.example_splits import EXAMPLES_HELD_OUT
 from kalmagrove.data.images.fitting import fit_to
 from kalmagrove.data.images.pictures import UNDIVIDED, Picture, Pictures
 from kalmagrove.data.splits import SPLITS, Division, filled_splits
 from kalmagrove.errors import KalmaGroveError
 
-HELD_OUT = {"valid": 0.1, "test": 0.1}
-"""Expected shares of the images; sets of images are smaller than texts."""
 FEW_LEVELS = 64
 """Pixels that take at most so many values are predicted as these, others as 256."""
 LONGEST_LABEL = 200
@@ -181,7 +180,7 @@ def _check_size(pixels: np.ndarray, name: str, shape: tuple[int, int], first: st
 def _divide(seen: _Found, counts: Mapping[str, int], source: str, seed: int) -> np.ndarray:
     """The split of every image, as its place among the names of splits; duplicates are in none."""
     digests = seen.digests
-    held_out = {split: share for split, share in HELD_OUT.items() if split not in counts}
+    held_out = {split: share for split, share in EXAMPLES_HELD_OUT.items() if split not in counts}
     places = np.concatenate([np.full(n, SPLITS.index(s if s in SPLITS else "train")) for s, n in counts.items()])
     divided = np.arange(counts.get(UNDIVIDED, counts.get("train", 0)))
     if UNDIVIDED in counts:

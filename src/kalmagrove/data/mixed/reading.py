@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kalmagrove.data.example_splits import split_examples
 from kalmagrove.data.images.lists import path_below
 from kalmagrove.data.sources import is_unicode, iter_lines
-from kalmagrove.data.splits import SPLITS, Division, split_of_file
+from kalmagrove.data.splits import split_of_file
 from kalmagrove.data.tables.cells import Row
 from kalmagrove.data.tables.reading import json_row
-from kalmagrove.data.tables.splitting import HELD_OUT, divided
 from kalmagrove.errors import KalmaGroveError
 
 IMAGE_MARK = "<image>"
@@ -76,24 +76,17 @@ def split_mixed(source: str, *, seed: int) -> Iterator[tuple[str, MixedRow]]:
     Raises:
         KalmaGroveError: There is no such file, or a line cannot be used; it is named.
     """
-    files = _files(source)
-    if "train" not in files:
-        yield from divided(source, iter_mixed(files["all"]), Division(HELD_OUT, seed))
-        return
-    missing = {split: share for split, share in HELD_OUT.items() if split not in files}
-    train = iter_mixed(files["train"])
-    yield from divided(source, train, Division(missing, seed)) if missing else (("train", row) for row in train)
-    for split in SPLITS[1:]:
-        if split in files:
-            yield from ((split, row) for row in iter_mixed(files[split]))
+    return split_examples(source, {split: iter_mixed(file) for split, file in _files(source).items()}, seed=seed)
 
 
-def _files(source: str) -> dict[str, Path]:
+def _files(source: str) -> dict[str | None, Path]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
-        return {"all": path}
+        return {None: path}
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
-    by_split = {split: file for file in found if (split := split_of_file(file.name)) is not None}
+    by_split: dict[str | None, Path] = {
+        split: file for file in found if (split := split_of_file(file.name)) is not None
+    }
     if "train" not in by_split:
         raise KalmaGroveError(f"{source} is no .jsonl file, and no folder with a train.jsonl; give one of these")
     return by_split

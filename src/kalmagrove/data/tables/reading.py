@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.data.example_splits import split_examples
 from kalmagrove.data.sources import (
     COMPRESSION_SUFFIXES,
     import_data_extra,
@@ -53,6 +54,22 @@ def table_files(source: str) -> dict[str | None, list[Path]]:
         if split is not None:
             by_split.setdefault(split, []).append(file.path)
     return by_split if "train" in by_split and len(by_split) > 1 else {None: [file.path for file in files]}
+
+
+def split_rows(source: str, *, seed: int) -> Iterator[tuple[str, Row]]:
+    """Stream the rows of a table with the split that each belongs to, always in the same order.
+
+    Files named train.*, valid.* and test.* keep their rows; see `split_examples`.
+
+    Args:
+        source: A file or a folder.
+        seed: Chooses another division.
+
+    Raises:
+        KalmaGroveError: The table cannot be read, or holds fewer rows than splits.
+    """
+    rows = {split: chain.from_iterable(map(iter_rows, paths)) for split, paths in table_files(source).items()}
+    return split_examples(source, rows, seed=seed)
 
 
 def iter_rows(path: Path) -> Iterator[Row]:

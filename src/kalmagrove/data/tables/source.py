@@ -12,8 +12,7 @@ from kalmagrove.data.tables.cells import Cell
 from kalmagrove.data.tables.codec import TableCodec, make_codec
 from kalmagrove.data.tables.column_kinds import columns_of
 from kalmagrove.data.tables.columns import TextColumn
-from kalmagrove.data.tables.reading import TABLE_SUFFIXES
-from kalmagrove.data.tables.splitting import split_rows
+from kalmagrove.data.tables.reading import TABLE_SUFFIXES, split_rows
 from kalmagrove.data.tokenizer import SMALLEST_VOCABULARY
 from kalmagrove.errors import UsageError
 
