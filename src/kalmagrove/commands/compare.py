@@ -15,7 +15,7 @@ from kalmagrove.comparison.config import CompareConfig, check_workers
 SHORT = {"--data": "--data.source", "--modality": "--data.modality", "--tokens": "--loop.tokens"}
 EXAMPLES = """\
   kalmagrove compare --budget 10m --out runs/demo
-  kalmagrove compare --data book.txt --tokens 20m --seeds 0,1,2 --trials 3 --out runs/comparison
+  kalmagrove compare --data book.txt --size pico --tokens 10m --seeds 0,1,2 --trials 3 --recheck true --out runs/fair
   kalmagrove compare --models gpt2,llama,llama-plus,slim,kalmagrove --size mini --tokens 4m --out runs/five
   kalmagrove compare --models llama,kalmagrove --optim kalma --tokens 4m --out runs/same-optimiser
   kalmagrove compare --tokens 4m --seeds 0,1,2 --trials 3 --workers 8 --out runs/many-cores

@@ -56,7 +56,10 @@ def _summary(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
     missing = [
         name for name in origin.studies if name not in evidence.studies and not (name == LADDER and evidence.laws)
     ]
-    lines = [f"Of fourteen claims: {counted}. Scale `{origin.scale}`, and no further than that."]
+    lines = [
+        "Targets are the package's own, the claims the paper's.",
+        f"Of fourteen claims: {counted}. Scale `{origin.scale}`, and no further than that.",
+    ]
     if missing:
         lines.append(f"Not begun: {', '.join(missing)}.")
     unfinished = [study.name for study in evidence.studies.values() if not _is_finished(study.results)]
@@ -83,8 +86,8 @@ def _table_1(evidence: Evidence) -> str:
     studies = [evidence.studies[name] for name in PAPER if name in evidence.studies]
     parts = [
         "\n".join(quoted),
-        "WikiText-103, 8 V100, minutes an epoch. Its perplexities are not those of the tables below, whose tokens are "
-        "others: what can be compared are the ratios.",
+        "KAN is the paper's name for KalmaGrove. WikiText-103, 8 V100, minutes an epoch. Its perplexities are not "
+        "those of the tables below, whose tokens are others: what can be compared are the ratios.",
         *map(_our_table, studies),
         *filter(None, map(_other_text, studies)),
     ]
