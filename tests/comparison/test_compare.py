@@ -1,6 +1,7 @@
 """A whole comparison on a small text: fair, complete, resumable, and honest about what failed."""
 
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.report.results import Results
 from kalmagrove.training import config as training_config
-from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConfig
+from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConfig, further_trial
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
@@ -315,11 +316,38 @@ def test_the_rate_of_embeddings_is_tuned_for_every_side(
         ({"trial_tokens": "100"}, "trial_tokens is for several trials"),
         ({"trials": 3, "trial_tokens": "1k"}, "are more than the final runs'"),
         ({"trials": 3, "trial_tokens": "3"}, "less than one batch"),
+        ({"trial_margin": 0.1}, "trial_margin is for several trials"),
+        ({"trials": 3, "trial_margin": -0.1}, "must be a finite number of nats"),
+        ({"trials": 3, "trial_margin": math.nan}, "must be a finite number of nats"),
     ],
 )
 def test_wrong_trials_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         config(**options)
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "expected"),
+    [
+        ({1.0: 2.0, 2.0: 3.0}, {}, 0.5),
+        ({0.5: 3.0, 1.0: 2.0, 2.0: 3.0}, {}, None),
+        ({0.25: 3.0, 1.0: 2.5, 4.0: 2.0}, {"step": 4.0}, 16.0),
+        # The best lies inside, and how far the good ones reach is not seen yet: below first, then above.
+        ({0.5: 2.05, 1.0: 2.0, 2.0: 2.05}, {"margin": 0.1}, 0.25),
+        ({0.25: 2.2, 0.5: 2.05, 1.0: 2.0, 2.0: 2.05}, {"margin": 0.1}, 4.0),
+        ({0.25: 2.2, 1.0: 2.0, 4.0: math.inf}, {"margin": 0.1}, None),
+        ({1.0: math.inf, 2.0: math.inf}, {}, 0.5),
+    ],
+)
+def test_the_rate_to_try_next(losses: dict[float, float], options: dict[str, float], expected: float | None) -> None:
+    assert further_trial(losses, **options) == expected
+
+
+def test_a_margin_that_no_rate_is_worse_by_takes_all_further_trials(packed: PackedText, tmp_path: Path) -> None:
+    results = run(tmp_path / "demo", packed, config(trials=3, trial_margin=100.0))
+    for model in results["models"]:
+        scales = sorted(trial["lr_scale"] for trial in model["lr_trials"])
+        assert scales == [2.0**power for power in range(-1 - MOST_FURTHER_TRIALS, 2)]
 
 
 def test_a_side_that_diverges_is_reported_and_the_other_is_finished(

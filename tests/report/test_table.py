@@ -107,6 +107,8 @@ def test_long_tuned_training_is_no_screening(make_results: Make) -> None:
     notes = table_of(record).notes
     assert "learning rates tuned on the validation split: 3 trials a model" in notes
     assert "40.0 k training tokens, 20 tokens a parameter of llama" in notes
+    record["trial_tokens"] = 10_000
+    assert table_of(record).notes[2].endswith("3 trials a model of 10.0 k tokens")
 
 
 def test_missing_and_diverged_runs_are_said(make_results: Make) -> None:

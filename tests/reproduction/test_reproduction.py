@@ -28,7 +28,7 @@ from kalmagrove.reproduction.evidence import (
 )
 from kalmagrove.reproduction.headline import headline
 from kalmagrove.reproduction.origin import PLAN, read_origin
-from kalmagrove.reproduction.pairs import PAPER, pairs_of
+from kalmagrove.reproduction.pairs import PAPER, doubts_about, pairs_of
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
 
@@ -236,6 +236,12 @@ def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str,
 
 def stability(make_results: Callable[..., dict[str, Any]], ours: list[float], theirs: list[float]) -> Answer:
     """C6 with calm losses, and the validation losses of trials at x0.25 ... for each side."""
+    return claims_of(Study("base", Results.from_dict(stability_record(make_results, ours, theirs)), {}))["C6"]
+
+
+def stability_record(
+    make_results: Callable[..., dict[str, Any]], ours: list[float], theirs: list[float]
+) -> dict[str, Any]:
     record = make_results(**GOOD)
     record["trials"], record["budget"]["tokens"] = 3, 60_000
     for model, losses in zip(record["models"], (theirs, ours), strict=True):
@@ -245,7 +251,7 @@ def stability(make_results: Callable[..., dict[str, Any]], ours: list[float], th
     text = json.dumps(record).replace('"ours"', '"llama-nano+kalma"').replace('"llama"', '"llama-nano"')
     record = json.loads(text)
     record["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
-    return claims_of(Study("base", Results.from_dict(record), {}))["C6"]
+    return record
 
 
 def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results: Callable[..., dict[str, Any]]) -> None:
@@ -255,6 +261,37 @@ def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results:
     assert stability(make_results, wide, wide).verdict == "undecided"
     # AdamW's rates go on where nobody looked.
     assert stability(make_results, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
+
+
+def test_stability_is_read_where_most_rates_were_tried(make_results: Callable[..., dict[str, Any]]) -> None:
+    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
+    record = stability_record(make_results, [3.05, 3.0, 3.05], [3.5, 3.0, 3.5])
+    few, many = record, stability_record(make_results, wide, narrow)
+    studies = [Study(name, Results.from_dict(r), {}) for name, r in (("base", few), ("optimizers", many))]
+    answer = claims_of(*studies)["C6"]
+    assert answer.verdict == "supported" and "in optimizers" in answer.reason
+    # A screening decides nothing while there is something else.
+    many["budget"]["tokens"] = 10_000
+    studies[1] = Study("optimizers", Results.from_dict(many), {})
+    assert "in base" in claims_of(*studies)["C6"].reason
+
+
+def test_rates_that_were_tuned_in_shorter_runs_alone_are_doubted(make_results: Callable[..., dict[str, Any]]) -> None:
+    record = make_results(**GOOD)
+    record["trials"], record["budget"]["tokens"] = 3, 60_000
+
+    def doubts() -> list[str]:
+        study = Study("base", Results.from_dict(record), {})
+        return doubts_about(study, *reversed(study.results.models))
+
+    assert doubts() == []
+    record["trial_tokens"] = 60_000
+    assert doubts() == []
+    record["trial_tokens"] = 15_000
+    assert doubts() == ["learning rates tuned over 25% of the length alone"]
+    trials = [{"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.1), (1.0, 3.0), (2.0, 3.1))]
+    record["rechecks"] = [{"model": "llama", "chosen_before": 1.0, "trials": trials}]
+    assert doubts() == []
 
 
 def with_curves(make_results: Callable[..., dict[str, Any]], last: list[float], **options: Any) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def collect_results(
         },
         "seeds": seeds,
         "trials": config.trials,
+        "trial_tokens": config.trial_steps(steps) * config.loop.tokens_per_step,
         "rechecks": plan.get("rechecks", []),
         "auxiliary_trials": plan.get("auxiliary_trials", []),
         "environment": environment,

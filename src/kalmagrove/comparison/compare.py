@@ -130,7 +130,8 @@ class _Comparison:
         rounds = [dict.fromkeys(names, scale) for scale in self.config.scales()] if self.config.trials > 1 else []
         self._try(rounds, losses)
         for _ in range(MOST_FURTHER_TRIALS if rounds and self.config.budget is None else 0):
-            further = {name: further_trial({t["lr_scale"]: _rank_of_trial(t) for t in losses[name]}) for name in names}
+            tried = {name: {t["lr_scale"]: _rank_of_trial(t) for t in losses[name]} for name in names}
+            further = {name: further_trial(of, margin=self.config.trial_margin) for name, of in tried.items()}
             at_an_edge = {name: scale for name, scale in further.items() if scale is not None}
             if not at_an_edge:
                 break

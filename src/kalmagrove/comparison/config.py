@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, get_args
 
@@ -74,6 +75,8 @@ class CompareConfig:
         trials: Learning-rate trials for each side, a factor 2 apart, judged on the validation split. While a side's
             best is at the edge of what was tried, the next one is tried too, unless a budget limits the time.
         trial_tokens: Training tokens of a trial, whose schedule is as long; left out: those of the final runs.
+        trial_margin: Nats by which the rates at both ends of a side's trials must be worse than its best; above 0 the
+            trials also show over which span of rates a model trains.
         recheck: Whether every side is trained beside its rate too, with the first seed and as long as the final runs:
             at half of it, and at double where half is not better, until the best lies inside, at most four more.
         tune_auxiliary: Whether the rate of embeddings, head and vectors is tuned too, once the other is chosen: at a
@@ -91,6 +94,7 @@ class CompareConfig:
     seeds: str = "0"
     trials: int = 1
     trial_tokens: int | str | None = None
+    trial_margin: float = 0.0
     recheck: bool = False
     tune_auxiliary: bool = False
     budget: str | None = None
@@ -103,6 +107,10 @@ class CompareConfig:
             raise UsageError(f"trials must be at least 1, got {self.trials}")
         if self.trial_tokens is not None:
             self._check_trial_tokens(self.trial_tokens)
+        if not 0 <= self.trial_margin < math.inf:
+            raise UsageError(f"trial_margin must be a finite number of nats, 0 or more, got {self.trial_margin}")
+        if self.trial_margin > 0 and (self.trials == 1 or self.budget is not None):
+            raise UsageError("trial_margin is for several trials without a budget; give trials, or leave it out")
         if self.tune_auxiliary and self.trials == 1 and not self.recheck and self.budget is None:
             raise UsageError("tune_auxiliary comes after the rate that is common to all; give trials or recheck too")
         if self.budget is not None:

@@ -242,6 +242,7 @@ class Results:
         command: Repeats it.
         created: ISO date.
         trials: Learning-rate trials a side; 1 is the preset's default, not tuned.
+        trial_tokens: Training tokens of a trial; None in the records of earlier versions.
         baseline: Name of the reference, the better of the plain Transformers.
         candidate: Name of the model that is judged.
         rechecks: Of the models' learning rates at full length; none where none was asked for.
@@ -263,6 +264,7 @@ class Results:
     candidate: str
     models: tuple[Model, ...]
     paired_time: tuple[PairedTime, ...]
+    trial_tokens: int | None = None
     rechecks: tuple[Recheck, ...] = ()
     auxiliary_trials: tuple[AuxiliaryTrials, ...] = ()
     side_by_side: bool = False

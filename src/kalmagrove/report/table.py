@@ -287,7 +287,10 @@ def _tuning(results: Results) -> str:
     how = []
     if results.trials > 1:
         further = any(len(model.lr_trials) > results.trials for model in results.models)
-        how.append(f"{results.trials} trials a model" + (", more while the best was at the edge" if further else ""))
+        is_short = results.trial_tokens is not None and results.trial_tokens < results.budget.tokens
+        length = f" of {format_count(results.trial_tokens or 0)} tokens" if is_short else ""
+        more = ", more while the best was at the edge" if further else ""
+        how.append(f"{results.trials} trials a model{length}{more}")
     if results.rechecks:
         moved = [
             f"{recheck.model} from x{recheck.chosen_before:g} to x{scale:g}"

@@ -79,10 +79,17 @@ class Evidence:
     laws: Mapping[str, Any] | None
     rank_laws: Mapping[str, Any] | None
 
-    def study_of(self, *wanted: Callable[[Study], Model | None]) -> Study | None:
-        """The first study that has all of some models, one of enough tokens before one that is a screening."""
+    def study_of(
+        self, *wanted: Callable[[Study], Model | None], most: Callable[[Study], float] = lambda _: 0
+    ) -> Study | None:
+        """The first study that has all of some models, one of enough tokens before one that is a screening.
+
+        Args:
+            wanted: Finds each of the models.
+            most: Of several such studies the one with the most of this is taken.
+        """
         found = [study for study in self.studies.values() if all(find(study) is not None for find in wanted)]
-        return min(found, key=lambda study: study.results.screening, default=None)
+        return min(found, key=lambda study: (study.results.screening, -most(study)), default=None)
 
 
 def load_evidence(folder: Path) -> Evidence:

@@ -74,6 +74,10 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     lost = sorted(lost_seeds(ours, rival))
     found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
     found += [] if results.is_tuned else ["learning rates not tuned"]
+    if results.trial_tokens is not None and results.trial_tokens < results.budget.tokens and not results.rechecks:
+        found.append(
+            f"learning rates tuned over {results.trial_tokens / results.budget.tokens:.0%} of the length alone"
+        )
     if results.screening:
         found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kalmagrove.report.results import Model
 from kalmagrove.report.statistics import Interval, mean_interval, ratio_interval
 from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
@@ -14,9 +16,23 @@ CLOSE = 0.1
 SYNTHETIC = ("hierarchy", "recall")
 
 
-def _kalma_and_adamw(evidence: Evidence) -> tuple[Study, Model, Model] | None:
-    study = evidence.study_of(lambda s: s.find("llama", optim="kalma"), lambda s: s.find("llama", optim="adamw"))
-    kalma, adamw = (study.find("llama", optim=name) if study else None for name in ("kalma", "adamw"))
+def _of_kalma(study: Study) -> Model | None:
+    return study.find("llama", optim="kalma")
+
+
+def _of_adamw(study: Study) -> Model | None:
+    return study.find("llama", optim="adamw")
+
+
+def _rates_tried(study: Study) -> int:
+    return sum(len(model.lr_trials) for model in (_of_kalma(study), _of_adamw(study)) if model is not None)
+
+
+def _kalma_and_adamw(
+    evidence: Evidence, most: Callable[[Study], float] = lambda _: 0
+) -> tuple[Study, Model, Model] | None:
+    study = evidence.study_of(_of_kalma, _of_adamw, most=most)
+    kalma, adamw = (find(study) if study else None for find in (_of_kalma, _of_adamw))
     return None if study is None or kalma is None or adamw is None else (study, kalma, adamw)
 
 
@@ -46,15 +62,16 @@ def fewer_steps(evidence: Evidence) -> Answer:
 
 def stable(evidence: Evidence) -> Answer:
     """C6."""
-    reason = (
+    about = (
         f"llama; a spike is a step far above the running mean; rates are those around the best within {CLOSE} nats of "
         "it; supported means no worse in all three and better in one: spikes by their 95 % interval over seeds, rates "
         "where those of the other side were seen to end"
     )
-    found = _kalma_and_adamw(evidence)
+    found = _kalma_and_adamw(evidence, most=_rates_tried)
     if found is None:
-        return Answer("C6", "stable", "", "-", "not measured", reason)
+        return Answer("C6", "stable", "", "-", "not measured", about)
     study, kalma, adamw = found
+    reason = f"{about}; in {study.name}"
     spikes, rates = [study.spikes(m) for m in (kalma, adamw)], [trained_rates(m, CLOSE) for m in (kalma, adamw)]
     diverged = [sum(run.diverged for run in model.runs) for model in (kalma, adamw)]
     ours = "; ".join(

@@ -473,17 +473,19 @@ MOST_FURTHER_TRIALS = 4
 """Learning rates beyond those that were asked for, while the best is at the edge of what was tried."""
 
 
-def further_trial(losses: Mapping[float, float]) -> float | None:
+def further_trial(losses: Mapping[float, float], *, step: float = 2.0, margin: float = 0.0) -> float | None:
     """The factor to try next while the best is the smallest or the largest of those tried; None where it lies inside.
 
     Args:
         losses: By factor; infinity where the trial diverged.
+        step: Between neighbours.
+        margin: Nats by which both ends must be worse than the best.
     """
     scales = sorted(losses)
-    best = min(scales, key=lambda scale: losses[scale])
-    if best == scales[0]:
-        return best / 2
-    return best * 2 if best == scales[-1] else None
+    limit = min(losses.values()) + margin
+    if losses[scales[0]] <= limit:
+        return scales[0] / step
+    return scales[-1] * step if losses[scales[-1]] <= limit else None
 
 
 def is_plain_transformer(preset: str) -> bool:
