@@ -362,7 +362,7 @@ def main() -> None:
             trials = {m: partial(trial, job(m, domain, 1.0, first)) for m in options.methods}
             scales = tune(run_all, trials, lost_gain, options.lr_scales)
             seeds = [first, *others]
-            found = run_all([job(m, domain, scales[m], seed) for m in options.methods for seed in seeds])
+            found = run_all([job(m, domain, scales[m].factor, seed) for m in options.methods for seed in seeds])
             tables[domain] = table(domain, {m: [r for r in found if r["method"] == m] for m in options.methods})
             records += [{name: value for name, value in record.items() if name != "environment"} for record in found]
     print("\n" + "\n\n".join(tables.values()))

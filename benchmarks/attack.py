@@ -1,21 +1,20 @@
 """Tries to break the comparison: other texts, contexts, batches and lengths, and a baseline that is tuned further.
 
-    python benchmarks/attack.py --texts ../texts
-    python benchmarks/attack.py --texts ../texts --settings usual "four times the tokens" --seeds 0 1 2
-    python benchmarks/attack.py --texts ../texts --page docs/results/attack.md
+    python benchmarks/attack.py --texts texts/ --page docs/results/attack.md
+    python benchmarks/attack.py --texts texts/ --settings usual "four times the tokens" --seeds 0 1 2
 
 Each setting trains llama with AdamW and with Kalma, and slim and kalmagrove with Kalma; the learning rate of each is
-tuned on the first seed with full runs, x1, x2 and x4 and further while the best is at the edge, and then that of its
-embeddings, head and vectors alone, x0.25, x1 and x4 of it and further likewise. --texts is a folder with one for each
-text (textbooks, technical, biomedical, shakespeare); a text that is not there is passed over by name. A run leaves one
-JSON file under --out, named by its text and all of its options, and is not repeated. All of it takes about three hours
-on two slow cores with --size pico, and more with the default.
+tuned on the first seed with full runs, x1, x2 and x4 and up to four further while the best is at the edge, and then
+that of its embeddings, head and vectors alone, x0.25, x1 and x4 of it and further likewise. The test split is read in
+the runs at the chosen rates alone. --texts is a folder with one for each text (textbooks, technical, biomedical,
+shakespeare). A run leaves one JSON file and its weights under --out, named by its text and all of its options, and is
+not repeated: leave the package as it is meanwhile. All of it takes about three hours on two slow cores with the default
+size.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
@@ -27,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from kalmagrove.commands.parsing import open_data
 from kalmagrove.comparison.config import Rates
 from kalmagrove.data.packing import PackedText, open_packed
-from kalmagrove.files import write_text_atomic
+from kalmagrove.errors import UsageError
+from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.models.accounting import count_parameters
 from kalmagrove.report.statistics import mean_interval, ratio_interval
 from kalmagrove.reproduction.answers import shown
@@ -62,9 +63,20 @@ MODELS: dict[str, tuple[str, OptimizerName]] = {
 RIVALS = ("llama", "llama+kalma", "slim")
 VOCABULARY = 512
 FIRST_RATES = (1.0, 2.0, 4.0)
-FIRST_AUXILIARY_RATES = (0.25, 1.0, 4.0)
+FIRST_AUXILIARY_RATES, AUXILIARY_STEP = (0.25, 1.0, 4.0), 4.0
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
 """The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
+SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    "pico": {
+        "deeper": {"hidden_size": 48, "num_hidden_layers": 8},
+        "wider": {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 176},
+    },
+    "nano": {
+        "deeper": {"hidden_size": 80, "num_hidden_layers": 6},
+        "wider": {"hidden_size": 128, "num_hidden_layers": 2},
+    },
+}
+"""Other shapes of llama by size, with within 6 % as many parameters as its usual one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Setting:
         context_length: Tokens of a sequence.
         seed_shift: Added to every seed.
         baseline: Options of the optimiser that llama alone gets.
-        shape: Options of the model that llama alone gets.
+        shape: Name of the shape that llama alone gets.
         tail_average: Whether llama is scored with the mean of its last weights.
     """
 
@@ -90,8 +102,13 @@ class Setting:
     context_length: int = 256
     seed_shift: int = 0
     baseline: dict[str, Any] = field(default_factory=dict)
-    shape: dict[str, Any] = field(default_factory=dict)
+    shape: str | None = None
     tail_average: bool = False
+
+    @property
+    def is_of_llama(self) -> bool:
+        """Whether the others do what they usually do."""
+        return bool(self.baseline or self.shape or self.tail_average)
 
 
 USUAL = Setting("usual")
@@ -109,15 +126,22 @@ SETTINGS = [
     replace(USUAL, name="baseline: beta2 0.99", baseline={"beta2": 0.99}),
     replace(USUAL, name="baseline: cosine", baseline={"schedule": "cosine"}),
     replace(USUAL, name="baseline: short warm-up", baseline={"warmup": 0.02}),
-    replace(USUAL, name="baseline: deeper", shape={"hidden_size": 80, "num_hidden_layers": 6}),
-    replace(USUAL, name="baseline: wider", shape={"hidden_size": 128, "num_hidden_layers": 2}),
+    replace(USUAL, name="baseline: deeper", shape="deeper"),
+    replace(USUAL, name="baseline: wider", shape="wider"),
     replace(USUAL, name="baseline: tail average", tail_average=True),
+    replace(
+        USUAL, name="baseline: tail average of a constant rate", tail_average=True, baseline={"schedule": "constant"}
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training run."""
+    """One training run.
+
+    Attributes:
+        is_final: Whether it is scored on the test split too; such a run shares its file with the trial that it was.
+    """
 
     setting: Setting
     model: str
@@ -127,6 +151,7 @@ class Job:
     data_folder: Path
     fingerprint: str
     out: Path
+    is_final: bool = False
 
     @property
     def averages_tail(self) -> bool:
@@ -146,8 +171,9 @@ def train_config(job: Job) -> TrainConfig:
     """The run of a job; what a baseline gets, the others do not."""
     setting, is_baseline = job.setting, job.model == "llama"
     family, optimizer = MODELS[job.model]
+    shape: dict[str, Any] = SHAPES[job.size][setting.shape] if setting.shape and is_baseline else {}
     return TrainConfig(
-        model=ModelConfig(preset=f"{family}-{job.size}", **(setting.shape if is_baseline else {})),
+        model=ModelConfig(preset=f"{family}-{job.size}", **shape),
         optim=OptimConfig(
             name=optimizer,
             lr_scale=job.rates.scale,
@@ -163,36 +189,59 @@ def train_config(job: Job) -> TrainConfig:
     )
 
 
+def new_run(job: Job) -> TrainingRun:
+    """The run before its first step."""
+    return TrainingRun(train_config(job), open_packed(job.data_folder, verify=False))
+
+
+def tail_steps(total: int) -> set[int]:
+    """The steps after which weights are kept for an average, evenly over the last part, the last one among them."""
+    length = round(total * TAIL_PART)
+    return {total - length * place // TAIL_SAMPLES for place in range(TAIL_SAMPLES)}
+
+
 def train(job: Job) -> Record:
-    """Trains one model and scores it on the validation and the test split."""
-    run = TrainingRun(train_config(job), open_packed(job.data_folder, verify=False))
-    first = round(run.total_steps * (1 - TAIL_PART))
-    every = max(1, (run.total_steps - first) // TAIL_SAMPLES)
+    """Trains one model, keeps its weights and scores it on the validation split."""
+    environment, run = describe_environment(), new_run(job)
+    averaged = tail_steps(run.total_steps) if job.averages_tail else set()
     tail: list[dict[str, torch.Tensor]] = []
 
     def keep_weights() -> None:
-        if job.averages_tail and run.step > first and (run.step - first) % every == 0:
-            tail.append(copy.deepcopy(run.model.state_dict()))
+        if run.step in averaged:
+            tail.append({name: value.clone() for name, value in run.model.state_dict().items()})
 
     diverged = diverged_in_training(run, keep_weights)
-    if tail:
+    if tail and not diverged:
         run.model.load_state_dict({name: torch.stack([w[name] for w in tail]).mean(0) for name in tail[0]})
+    weights = {name: value.clone() for name, value in run.model.state_dict().items()}
+    save_file(weights, job.path.with_suffix(".safetensors"))
     return {
-        "setting": job.setting.name,
         "model": job.model,
         "lr_scale": job.rates.scale,
         "auxiliary_scale": job.rates.auxiliary,
-        "seed": job.seed,
+        "seed": job.seed + job.setting.seed_shift,
         "parameters": count_parameters(run.model).total,
-        **{split: None if diverged else score_split(run, split).to_dict() for split in ("valid", "test")},
+        "valid": None if diverged else finite_scores(run, "valid"),
         "data_fingerprint": run.data.fingerprint,
-        "environment": describe_environment(),
+        "environment": environment,
     }
 
 
+def finite_scores(run: TrainingRun, split: str) -> Record | None:
+    """Scores of a split; None where the loss is no number, as if the run had diverged."""
+    scores = score_split(run, split).to_dict()
+    return scores if math.isfinite(scores["loss"]) else None
+
+
 def run_job(job: Job) -> Record:
-    """The record of a job: read where it exists, else trained and written."""
-    return stored(job.path, partial(train, job))
+    """The record of a job: read where it exists, else trained and written; the test split is added to a final one."""
+    record = stored(job.path, partial(train, job))
+    if job.is_final and "test" not in record:
+        run = new_run(job)
+        run.model.load_state_dict(load_file(job.path.with_suffix(".safetensors")))
+        record["test"] = None if record["valid"] is None else finite_scores(run, "test")
+        write_json_atomic(job.path, record)
+    return record | {"setting": job.setting.name}
 
 
 def describe(record: Record) -> str:
@@ -202,16 +251,21 @@ def describe(record: Record) -> str:
     return f"{record['setting']}: {record['model']} {shown_rates(rates)} seed {record['seed']}: {loss}"
 
 
-def tuned_rates(run_all: Callable[[list[Job]], list[Record]], base: Job) -> dict[str, Rates]:
-    """The best rates of each model in a setting: of all together first, then of embeddings, head and vectors alone."""
+def tuned_rates(run_all: Callable[[list[Job]], list[Record]], base: Job) -> tuple[dict[str, Rates], set[str]]:
+    """The best rates of each model in a setting: of all together first, then of embeddings, head and vectors alone.
+
+    Returns:
+        The rates; and the models of which one is still at the edge of what was tried.
+    """
 
     def trial(model: str, scale: float, auxiliary: float = 1.0) -> Job:
         return replace(base, model=model, rates=Rates(scale, auxiliary))
 
     scales = tune(run_all, {model: partial(trial, model) for model in MODELS}, valid_loss, FIRST_RATES)
-    trials = {model: partial(trial, model, scale) for model, scale in scales.items()}
-    auxiliary = tune(run_all, trials, valid_loss, FIRST_AUXILIARY_RATES)
-    return {model: Rates(scales[model], auxiliary[model]) for model in MODELS}
+    trials = {model: partial(trial, model, scale.factor) for model, scale in scales.items()}
+    auxiliary = tune(run_all, trials, valid_loss, FIRST_AUXILIARY_RATES, step=AUXILIARY_STEP)
+    rates = {model: Rates(scales[model].factor, auxiliary[model].factor) for model in MODELS}
+    return rates, {model for model in MODELS if scales[model].is_at_edge or auxiliary[model].is_at_edge}
 
 
 def shown_rates(rates: Rates) -> str:
@@ -224,15 +278,20 @@ def valid_loss(record: Record) -> float:
     return math.inf if record["valid"] is None else float(record["valid"]["loss"])
 
 
-def row(setting: Setting, rates: dict[str, Rates], records: list[Record]) -> str:
+def row(setting: Setting, rates: dict[str, Rates], at_edge: set[str], records: list[Record]) -> str:
     """A line of the table."""
     own = {model: [record for record in records if record["model"] == model] for model in MODELS}
     scores = {
         model: {r["seed"]: r["test"]["perplexity"] for r in found if r["test"] is not None}
         for model, found in own.items()
     }
-    ratios = [shown(ratio_interval(scores["kalmagrove"], scores[rival])) for rival in RIVALS]
-    chosen = ", ".join(shown_rates(rates[model]) for model in MODELS)
+    ratios = [
+        "as usual"
+        if setting.is_of_llama and rival != "llama"
+        else shown(ratio_interval(scores["kalmagrove"], scores[rival]))
+        for rival in RIVALS
+    ]
+    chosen = ", ".join(shown_rates(rates[model]) + ("*" if model in at_edge else "") for model in MODELS)
     lost = {model: len(found) - len(scores[model]) for model, found in own.items()}
     lost_text = "".join(f" ({count} of {model} diverged)" for model, count in lost.items() if count)
     mean = mean_interval(list(scores["llama"].values())).mean if scores["llama"] else math.inf
@@ -241,12 +300,16 @@ def row(setting: Setting, rates: dict[str, Rates], records: list[Record]) -> str
     return f"| {' | '.join(cells)} |"
 
 
-def page(rows: list[str], options: argparse.Namespace) -> str:
+def page(rows: list[str], records: list[Record], options: argparse.Namespace) -> str:
     """The page as Markdown."""
     words = ["--texts", "texts/", "--size", options.size, "--seeds", *map(str, options.seeds)]
     if options.settings != [setting.name for setting in SETTINGS]:
         words += ["--settings", *options.settings]
-    environment = describe_environment()
+    machines = sorted({f"{r['environment']['cpu']}, PyTorch {r['environment']['packages']['torch']}" for r in records})
+    sources = sorted({r["environment"]["source"] for r in records})
+    shapes = [
+        f"{name} {', '.join(f'{o} {v}' for o, v in shape.items())}" for name, shape in SHAPES[options.size].items()
+    ]
     return "\n".join(
         [
             "# Where it holds and where it fades",
@@ -254,12 +317,15 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
             f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
             "kalmagrove with Kalma against llama with AdamW, and llama and slim with Kalma, all of size "
-            f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and further while the best "
-            "was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further likewise; "
-            "ratios of test perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a "
-            f"parameter of llama. Vocabularies of {VOCABULARY}. {environment.get('cpu')}, one thread a run. What is "
-            f"not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, {USUAL.batch_size} x "
-            f"{USUAL.context_length} a step.",
+            f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and up to four further while "
+            "the best was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further "
+            "likewise (* where a best one is at the edge still); ratios of test perplexity, paired by seed. All of it "
+            "is **screening**: fewer than 20 training tokens a parameter of llama. Vocabularies of "
+            f"{VOCABULARY}. What is not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, "
+            f"{USUAL.batch_size} x {USUAL.context_length} a step. What stands behind `baseline:` is of llama with "
+            f"AdamW alone, so that the other columns stay as usual. Shapes: {'; '.join(shapes)}. A tail average is the "
+            f"mean of the weights after {TAIL_SAMPLES} steps over the last {TAIL_PART:.0%}. {'; '.join(machines)}, one "
+            f"thread a run; the package's source: {', '.join(sources)}.",
             "",
             "| setting | tokens | a parameter | llama's perplexity | "
             + " | ".join(f"against {rival} (95 %)" for rival in RIVALS)
@@ -271,12 +337,15 @@ def page(rows: list[str], options: argparse.Namespace) -> str:
     )
 
 
-def data_of(setting: Setting, options: argparse.Namespace) -> PackedText | None:
-    """The packed text of a setting; None where it is not here."""
+def data_of(setting: Setting, options: argparse.Namespace) -> PackedText:
+    """The packed text of a setting.
+
+    Raises:
+        UsageError: It is not here.
+    """
     source = None if setting.text is None else options.texts / setting.text
     if source is not None and not source.exists():
-        print(f"passed over {setting.name}: {source} is not here")
-        return None
+        raise UsageError(f"{source} is not here; name the other settings by --settings")
     data = open_data(DataConfig(source=None if source is None else str(source), vocab_size=VOCABULARY))
     assert isinstance(data, PackedText)
     return data
@@ -287,26 +356,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="folder with a folder for each text")
     parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS], default=[s.name for s in SETTINGS])
-    parser.add_argument("--size", default="nano")
+    parser.add_argument("--size", choices=list(SHAPES), default="pico")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/attack"))
     parser.add_argument("--page", type=Path, default=None)
     options = parser.parse_args()
-    rows = []
+    settings = [setting for setting in SETTINGS if setting.name in options.settings]
+    # Before hours of training, what is missing is named.
+    texts = {setting.name: data_of(setting, options) for setting in settings}
+    rows, records = [], []
     with workers(run_job, describe, options.workers) as run_all:
-        for setting in (s for s in SETTINGS if s.name in options.settings):
-            data = data_of(setting, options)
-            if data is None:
-                continue
+        for setting in settings:
+            data = texts[setting.name]
             base = Job(
                 setting, "llama", Rates(1.0), options.seeds[0], options.size, data.folder, data.fingerprint, options.out
             )
-            rates = tuned_rates(run_all, base)
-            jobs = [replace(base, model=m, rates=rates[m], seed=seed) for seed in options.seeds for m in MODELS]
-            rows.append(row(setting, rates, run_all(jobs)))
+            rates, at_edge = tuned_rates(run_all, base)
+            finals = [
+                replace(base, model=m, rates=rates[m], seed=seed, is_final=True)
+                for seed in options.seeds
+                for m in MODELS
+            ]
+            found = run_all(finals)
+            records += found
+            rows.append(row(setting, rates, at_edge, found))
             print(rows[-1], flush=True)
-    text = page(rows, options)
+    text = page(rows, records, options)
     print(text)
     if options.page is not None:
         write_text_atomic(options.page, text)

@@ -29,7 +29,7 @@ def workers(
 ) -> Iterator[Callable[[list[Job]], list[Record]]]:
     """Gives a function that runs a list of jobs on ``count`` processes and returns their records in order."""
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_end_with_the_parent) as pool:
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin) as pool:
 
         def run_all(jobs: list[Job]) -> list[Record]:
             records = []
@@ -41,8 +41,9 @@ def workers(
         yield run_all
 
 
-def _end_with_the_parent() -> None:
-    """A benchmark that is killed leaves no worker behind that would slow the next one."""
+def _begin() -> None:
+    """One thread a worker; and a benchmark that is killed leaves none behind that would slow the next one."""
+    torch.set_num_threads(1)
     parent = os.getppid()
 
     def watch() -> None:

@@ -382,7 +382,9 @@ def run_all(options: argparse.Namespace) -> None:
         print(f"source {number + 1} of {len(sources)}: {describe(records[-1])}", flush=True)
     with workers(partial(run_job, folders=folders, out=options.out), describe, options.workers) as run_jobs:
         scales = tune(run_jobs, {job: partial(at_rate, job) for job in jobs}, valid_loss, options.lr_scales)
-        records += run_jobs([replace(at_rate(job, scales[job]), seed=seed) for seed in options.seeds for job in jobs])
+        records += run_jobs(
+            [replace(at_rate(job, scales[job].factor), seed=seed) for seed in options.seeds for job in jobs]
+        )
     for task in options.tasks:
         for kind in TABLES if task == "recall" else ("rate", "excess"):
             print(f"\n{task}: {TITLES[kind]}\n\n{TABLES[kind]([r for r in records if r['task'] == task])}", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kalmagrove.training.config import MOST_FURTHER_TRIALS, further_trial
 
@@ -13,12 +13,21 @@ Key = TypeVar("Key")
 Record = dict[str, Any]
 
 
+class Tuned(NamedTuple):
+    """The best factor, and whether no worse one was tried on one of its sides."""
+
+    factor: float
+    is_at_edge: bool
+
+
 def tune(
     run_all: Callable[[list[Job]], list[Record]],
     trials: Mapping[Key, Callable[[float], Job]],
     loss_of: Callable[[Record], float],
     first: Sequence[float],
-) -> dict[Key, float]:
+    *,
+    step: float = 2.0,
+) -> dict[Key, Tuned]:
     """The best factor of the usual learning rates for each key.
 
     Args:
@@ -26,6 +35,7 @@ def tune(
         trials: Makes the job of each key from a factor.
         loss_of: What is made small, of the validation part; infinity or NaN where a run diverged.
         first: Factors that everyone tries; a best one at the edge is followed by up to `MOST_FURTHER_TRIALS` others.
+        step: Between these.
     """
     losses: dict[Key, dict[float, float]] = {key: {} for key in trials}
 
@@ -36,9 +46,12 @@ def tune(
 
     attempt([(key, factor) for key in trials for factor in first])
     for _ in range(MOST_FURTHER_TRIALS):
-        found = {key: further_trial(tried) for key, tried in losses.items()}
+        found = {key: further_trial(tried, step=step) for key, tried in losses.items()}
         further = [(key, factor) for key, factor in found.items() if factor is not None]
         if not further:
             break
         attempt(further)
-    return {key: min(tried, key=lambda factor: tried[factor]) for key, tried in losses.items()}
+    return {
+        key: Tuned(min(tried, key=tried.__getitem__), further_trial(tried, step=step) is not None)
+        for key, tried in losses.items()
+    }
