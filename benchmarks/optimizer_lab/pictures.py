@@ -28,7 +28,8 @@ def save_pictures(scale: str, records: list[dict[str, Any]], path: Path) -> None
             axes.plot(places, losses, color=COLOURS[method], lw=width, label=method, zorder=3 if width > 2 else 2)
             ends.append(losses[-1])
         # The first tenth is the same for all and would flatten the rest.
-        axes.set_ylim(min(ends) - 0.05, max(ends) + 1.2)
+        if ends:
+            axes.set_ylim(min(ends) - 0.05, max(ends) + 1.2)
         axes.set_xlim(left=0)
         axes.set_xlabel("million training tokens" if unit == "tokens" else "seconds of training steps, one thread")
         for side in ("top", "right"):

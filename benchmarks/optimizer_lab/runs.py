@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.data.packing import PackedText
 from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, TrainConfig, parse_count
 from kalmagrove.training.environment import describe_environment
@@ -36,7 +38,9 @@ class Scale:
     model: dict[str, Any] = field(default_factory=dict)
 
 
-_TWENTY_MILLION = {"hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 1024}
+_TWENTY_MILLION = {
+    "hidden_size": 384, "num_hidden_layers": 10, "num_attention_heads": 6, "head_dim": 64, "intermediate_size": 1024,
+}  # fmt: skip
 _FIVE_MILLION = {"hidden_size": 192, "num_hidden_layers": 10, "num_attention_heads": 6, "intermediate_size": 512}
 SCALES = {
     "llama-1.7m-2k": Scale("llama-mini", 8, "2m"),
@@ -72,14 +76,19 @@ class Job:
         return f"{self.scale}/{self.method}-lr{self.lr:g}-part{self.part:g}-seed{self.seed}"
 
 
-def train_job(job: Job, method: Method, data: PackedText) -> dict[str, Any]:
-    """Trains and scores one model."""
+def train_config(job: Job, method: Method) -> TrainConfig:
+    """The run of a job, but for its optimisers."""
     scale = SCALES[job.scale]
-    config = TrainConfig(
+    return TrainConfig(
         model=ModelConfig(preset=scale.preset, **scale.model),
         optim=OptimConfig(name="adamw", warmup=method.warmup),
         loop=LoopConfig(tokens=int(parse_count(scale.tokens) * job.part), batch_size=scale.batch_size, seed=job.seed),
     )
+
+
+def train_job(job: Job, method: Method, data: PackedText) -> dict[str, Any]:
+    """Trains and scores one model."""
+    config = train_config(job, method)
     run = TrainingRun(config, data)
     run.optimizers = method.build(run.model, job.lr)
     clock = _OptimizerClock(run.optimizers)
@@ -105,27 +114,15 @@ def train_job(job: Job, method: Method, data: PackedText) -> dict[str, Any]:
         "valid": None if diverged else score_split(run, "valid").loss,
         "test": None if diverged else score_split(run, "test").loss,
         "curve": curve,
-        "spikes": count_spikes(losses),
-        "step_seconds": statistics.median(seconds[3:] or seconds),
+        "spikes": spikes_in_a_thousand(losses),
+        "step_seconds": statistics.median(seconds[3:] or seconds or [math.nan]),
         # Some steps refresh and take longer: the mean counts them, the median would not.
-        "optimizer_seconds": statistics.fmean(clock.seconds[3:] or clock.seconds),
+        "optimizer_seconds": statistics.fmean(clock.seconds[3:] or clock.seconds or [math.nan]),
         "state_bytes": sum(state_bytes(optimizer) for optimizer in run.optimizers),
         "threads": torch.get_num_threads(),
         "data_fingerprint": data.fingerprint,
         "environment": describe_environment(),
     }
-
-
-def count_spikes(losses: list[float], memory: float = 0.98, width: float = 6.0) -> int:
-    """Steps whose loss is more than ``width`` running deviations above the running mean, after the first tenth."""
-    mean, variance, spikes = losses[0] if losses else 0.0, 0.0, 0
-    for step, loss in enumerate(losses):
-        distance = loss - mean
-        if step > len(losses) // 10 and distance > width * variance**0.5:
-            spikes += 1
-        mean += (1 - memory) * distance
-        variance = memory * (variance + (1 - memory) * distance * distance)
-    return spikes
 
 
 class _OptimizerClock:
