@@ -3,10 +3,10 @@
     python benchmarks/attention.py                                    256 to 16,384 tokens
     python benchmarks/attention.py --device cuda --lengths 1024 8192 --compile
 
-Each row is an equal number of heads over one text: causal by torch's fused kernel, a sliding window, a window and
-pooled blocks before it, which is what the preset kalmagrove does, and the package's own full attention. Contestants
-take turns; a ratio is the median over the rounds of that to the fused kernel. Then a whole layer decodes one token
-after so many others; the last column is its cache.
+Each row is an equal number of heads over one text: causal by torch's fused kernel, a sliding window of a quarter of it
+and at most --reach tokens, the window and pooled blocks before it, which is what the preset kalmagrove does, and the
+package's own full attention. Contestants take turns; a ratio is the median over the rounds of that to the fused kernel.
+Then a whole layer decodes one token after so many others; the last column is its cache.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CAUSAL = "causal, fused"
 
 def contestants(options: argparse.Namespace, length: int) -> dict[str, Attend]:
     """Functions of queries, keys and values (batch, heads, sequence, head_dim)."""
-    reach, stride = options.reach, options.stride
+    reach, stride = reach_at(length, options), options.stride
     scales = {
         f"window {reach}": [(1, reach)],
         f"window {reach}, then blocks of {stride}": [(1, reach), (stride, None)],
@@ -48,6 +48,11 @@ def contestants(options: argparse.Namespace, length: int) -> dict[str, Attend]:
         {f"{name}, compiled": torch.compile(f, dynamic=False) for name, f in own.items()} if options.compile else {}
     )
     return {CAUSAL: partial(F.scaled_dot_product_attention, is_causal=True)} | own | compiled
+
+
+def reach_at(length: int, options: argparse.Namespace) -> int:
+    """Tokens that are seen one by one in a text of this length."""
+    return min(options.reach, max(options.stride, length // 4))
 
 
 def _attend(resolution: Resolution, length: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -103,7 +108,7 @@ def decode_at(length: int, options: argparse.Namespace) -> dict[str, dict[str, f
     """Median seconds of a layer for one token after ``length`` others, ratio to full attention, and cache bytes."""
     device = choose_device(options.device)
     width = options.heads * options.head_dim
-    reach, stride = options.reach, options.stride
+    reach, stride = reach_at(length, options), options.stride
     patterns: dict[str, list[tuple[int, int | None]]] = {
         "full": [(1, None)],
         f"window {reach}": [(1, reach)],
@@ -150,7 +155,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="of a batch, at least one text")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head_dim", type=int, default=64)
-    parser.add_argument("--reach", type=int, default=256, help="tokens that are seen one by one")
+    parser.add_argument("--reach", type=int, default=256, help="tokens that are seen one by one, at most")
     parser.add_argument("--stride", type=int, default=16, help="tokens of a block before them")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
