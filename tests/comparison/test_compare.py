@@ -96,6 +96,29 @@ def test_a_second_call_trains_nothing_and_gives_the_same(
     assert run(finished, packed, config(seeds="0,3"))["models"] == before["models"]
 
 
+def test_a_comparison_may_get_more_seeds_and_trains_these_alone(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "demo"
+    before = run(folder, packed, config(seeds="0"))
+    trained: list[int] = []
+    train_step = TrainingRun.train_step
+
+    def watched(self: TrainingRun) -> Any:
+        trained.append(self.config.loop.seed)
+        return train_step(self)
+
+    monkeypatch.setattr(TrainingRun, "train_step", watched)
+    after = run(folder, packed, config(seeds="0,3"))
+    assert trained == [3] * (2 * STEPS)
+    assert [model["runs"][0] for model in after["models"]] == [model["runs"][0] for model in before["models"]]
+    assert after["seeds"] == [0, 3] and RunFolder(folder).read_config()["seeds"] == "0,3"
+    # Fewer, or another first one, by which the rates were tuned, are another comparison.
+    for seeds in ("0", "3,0", "1,0,3"):
+        with pytest.raises(UsageError, match="belongs to another configuration"):
+            run(folder, packed, config(seeds=seeds))
+
+
 def test_a_crash_in_the_middle_goes_on_and_gives_the_same_scores(
     finished: Path, packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

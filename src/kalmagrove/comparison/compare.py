@@ -22,7 +22,14 @@ from kalmagrove.data.training_data import TrainingData
 from kalmagrove.files import read_json_object, write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
-from kalmagrove.training.config import MOST_FURTHER_TRIALS, NEUTRAL_OPTIONS, further_trial, plain_options, usual_options
+from kalmagrove.training.config import (
+    MOST_FURTHER_TRIALS,
+    NEUTRAL_OPTIONS,
+    further_trial,
+    parse_list,
+    plain_options,
+    usual_options,
+)
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.world import ALONE, World
@@ -38,7 +45,7 @@ def compare(
     world: World = ALONE,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Compares, or goes on where an earlier call of the same comparison stopped.
+    """Compares, or goes on where an earlier call of the same comparison stopped, perhaps with more seeds.
 
     Args:
         config: The comparison.
@@ -79,10 +86,25 @@ def compare(
 
 
 def _claimed(config: CompareConfig, folder: Path, world: World) -> RunFolder:
-    """The comparison's folder, which the first process holds for all."""
+    """The comparison's folder, which the first process holds for all; it may get more seeds."""
     if not world.is_first:
         return RunFolder(folder)
-    return open_run_folder(folder, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config))
+    options = plain_options(config)
+    may_change = NEUTRAL_OPTIONS | ({"seeds"} if _has_more_seeds(config, folder) else set())
+    root = open_run_folder(folder, options, allow_changed=may_change, usual=usual_options(config))
+    if "seeds" in may_change:
+        root.write_config(options)
+    return root
+
+
+def _has_more_seeds(config: CompareConfig, folder: Path) -> bool:
+    """Whether a folder's seeds come first among those that are asked for: the rates are tuned with the first."""
+    known = RunFolder(folder)
+    if not known.config_path.is_file():
+        return False
+    stored = parse_list(str(known.read_config().get("seeds", "")))
+    seeds = parse_list(config.seeds)
+    return 0 < len(stored) < len(seeds) and seeds[: len(stored)] == stored
 
 
 class _Plan:
