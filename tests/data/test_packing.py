@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from kalmagrove import files
 from kalmagrove.data import packing
 from kalmagrove.data.packing import PackedText, default_data_folder, open_packed, prepare
 from kalmagrove.data.splits import SPLITS, split_documents
@@ -197,26 +198,29 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    rename, synced = os.rename, packing.fsync_file
+    rename, sync_file, sync_folder = os.rename, files.fsync_file, files.fsync_folder
+    held = {*(f"{split}.bin" for split in SPLITS), "manifest.json", "tokenizer.json", "tokenizer_config.json"}
 
     def watched_rename(old: Path, new: Path) -> None:
-        calls.append("rename")
-        assert names(old) == {
-            *(f"{split}.bin" for split in SPLITS),
-            "manifest.json",
-            "tokenizer.json",
-            "tokenizer_config.json",
-        }
+        if new == tmp_path / "packed":
+            assert names(old) == held
+            calls.append("rename")
         rename(old, new)
 
-    def watched_fsync(path: Path) -> None:
+    def watched_file(path: Path) -> None:
         calls.append(path.name)
-        synced(path)
+        sync_file(path)
+
+    def watched_folder(path: Path) -> None:
+        calls.append(f"folder {path.name}")
+        sync_folder(path)
 
     monkeypatch.setattr(os, "rename", watched_rename)
-    monkeypatch.setattr(packing, "fsync_file", watched_fsync)
+    monkeypatch.setattr(files, "fsync_file", watched_file)
+    monkeypatch.setattr(files, "fsync_folder", watched_folder)
     prepare(source, tmp_path / "packed", vocab_size=270)
-    assert sorted(calls[:-1]) == ["test.bin", "train.bin", "valid.bin"] and calls[-1] == "rename"
+    named = calls.index("rename")
+    assert held <= set(calls[:named]) and f"folder {tmp_path.name}" in calls[named:]
 
 
 def test_a_folder_that_another_process_made_meanwhile_is_kept(

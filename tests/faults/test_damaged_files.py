@@ -252,8 +252,9 @@ def in_child(action: Callable[[], object]) -> None:
     os.close(writer)
     with os.fdopen(reader) as pipe:
         problem = pipe.read()
-    os.waitpid(child, 0)
+    _, status = os.waitpid(child, 0)
     assert not problem, problem
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def advance(session: TrainingSession, steps: int) -> None:

@@ -13,10 +13,18 @@ from typing import Any
 
 import pytest
 import yaml
-from hostile import CHUNKS, dumped, ends_well, hostile_bytes, hostile_json, hostile_value, inputs, little_memory
+from hostile import (
+    CHUNKS,
+    dumped,
+    ends_well,
+    hostile_bytes,
+    hostile_json,
+    hostile_value,
+    inputs,
+    little_memory,
+)
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.errors import FlakyStrategyDefinition
 from rich.console import Console
 
 from kalmagrove.commands import run_view
@@ -32,7 +40,7 @@ from kalmagrove.report.page import render_page
 from kalmagrove.report.results import Results, load_results
 from kalmagrove.report.table import build_table, to_markdown
 from kalmagrove.report.verdict import verdict
-from kalmagrove.training.checkpoint import latest_checkpoint
+from kalmagrove.training.checkpoint import latest_checkpoint, naming_checkpoint
 from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, TrainConfig, plain_options
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.training.session import TrainingSession
@@ -154,7 +162,8 @@ def restore(files: dict[str, bytes], session: TrainingSession, folder: Path) -> 
             step = session.run.step
             try:
                 session.run.restore(found)
-                float(found.progress["seconds"])
+                with naming_checkpoint(found.path):
+                    float(found.progress["seconds"])
             finally:
                 session.run.step = step
 
@@ -176,8 +185,6 @@ def test_the_manifest_of_a_checkpoint(
     restore(checkpoint | {"manifest.json": content}, session, folder)
 
 
-# Not understood: in some whole runs of all tests hypothesis finds that the same choices drew more the first time.
-@pytest.mark.xfail(raises=FlakyStrategyDefinition, strict=False, reason="hypothesis calls its own draws inconsistent")
 @inputs(0.1)
 @given(data=st.data())
 def test_the_state_of_a_checkpoint(
