@@ -11,8 +11,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
 
 from kalmagrove.data.packing import PackedText, prepare
+
+# The same examples on every machine, however slow it is; `make soak` draws new ones.
+settings.register_profile("tests", deadline=None, derandomize=os.environ.get("KALMAGROVE_FAULT_FRESH") != "1")
+settings.load_profile("tests")
 
 
 def write_text(path: Path, documents: int = 60) -> Path:

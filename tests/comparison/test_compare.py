@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from kalmagrove.comparison import compare as compare_module
+from kalmagrove.comparison import side_by_side
 from kalmagrove.comparison.collect import _blocks
 from kalmagrove.comparison.compare import compare
 from kalmagrove.comparison.config import CompareConfig
@@ -22,6 +24,7 @@ from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConf
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession
+from kalmagrove.training.worker_processes import Work
 from kalmagrove.world import World
 
 STEPS = 14
@@ -166,10 +169,21 @@ def test_workers_give_the_same_scores_and_times_that_took_turns(
     assert run(tmp_path / "demo", packed, conf)["paired_time"] == ours["paired_time"]
 
 
+@pytest.fixture
+def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers do their part one after the other in this process; another test starts real ones."""
+
+    def run_here(work: Work, arguments: Sequence[Any], *, workers: int, heard: dict[str, Any]) -> None:
+        for place in range(workers):
+            work(place, lambda kind, content: heard[kind](content), *arguments)
+
+    monkeypatch.setattr(side_by_side, "run_workers", run_here)
+
+
+@pytest.mark.usefixtures("workers_here")
 def test_workers_tune_and_look_at_every_rate_again_as_one_process_does(
     packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Each further trial starts processes, and one is enough.
     monkeypatch.setattr(compare_module, "MOST_FURTHER_TRIALS", 1)
     conf = config(trials=3, trial_tokens=str(10 * 2 * 16), recheck=True)
     alone = run(tmp_path / "alone", packed, conf)

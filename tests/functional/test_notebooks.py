@@ -18,6 +18,11 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     )
 
 
+def words(text: str) -> list[str]:
+    """Without what holds a digit: numbers are those of a shorter training."""
+    return [word for word in text.split() if not any(map(str.isdigit, word))]
+
+
 # The kernel's own libraries warn of what is theirs to mend.
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -30,10 +35,11 @@ def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell["outputs"] = []
+            cell["source"] = cell["source"].replace('tokens="100k"', 'tokens="5k"')
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    assert printed(notebook).split()[:2] == stored.split()[:2]
+    assert words(printed(notebook)) == words(stored)
 
 
 def test_there_are_notebooks() -> None:

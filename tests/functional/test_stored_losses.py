@@ -44,8 +44,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PackedText:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_first_losses_are_the_stored_ones(family: str, optimizer: str, data: PackedText) -> None:
     stored = json.loads(STORED.read_text())[f"{family} {optimizer}"]
-    # Machines differ in the last digits; bfloat16 products in Kalma and Muon, and bases by QR, differ a little more.
-    assert first_losses(data, family, optimizer) == pytest.approx(stored, rel=1e-4 if optimizer == "adamw" else 1e-2)
+    found = first_losses(data, family, optimizer)
+    # Machines differ in the last digits; bfloat16 products in Kalma and Muon, and bases by QR, differ a little more,
+    # the more so the longer it goes.
+    late = 1e-4 if optimizer == "adamw" else 1e-2
+    assert found[0] == pytest.approx(stored[0], rel=1e-5)
+    assert found[:4] == pytest.approx(stored[:4], rel=min(late, 2e-3))
+    assert found == pytest.approx(stored, rel=late)
 
 
 def main() -> None:

@@ -220,6 +220,7 @@ def test_a_compiled_model_gives_the_same_at_every_length(name: str) -> None:
             gradients.append(torch.autograd.grad(loss, used, allow_unused=True))
         torch.testing.assert_close(losses[0], losses[1], atol=1e-3, rtol=1e-4)
         for ours, theirs in zip(*gradients, strict=True):
+            assert (ours is None) == (theirs is None)
             if theirs is not None and ours is not None:
                 torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)
 

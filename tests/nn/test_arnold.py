@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kalmagrove.nn import attend as attend_module
 from kalmagrove.nn import flex
 from kalmagrove.nn.arnold import MultiResolutionAttention
 from kalmagrove.nn.attend import attend
@@ -133,6 +134,25 @@ def test_no_position_sees_a_later_token_by_gradient(name: str) -> None:
         (gradient,) = torch.autograd.grad(output[0, position].sum(), x, retain_graph=True)
         assert not gradient[0, position + 1 :].any()
         assert gradient[0, position].any()
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_no_position_sees_a_later_token_over_several_chunks_of_queries(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, length = attention(GROUPS[name]), 17
+    x = torch.randn(1, length, 10, dtype=torch.float64)
+    whole, _ = layer(x)
+    monkeypatch.setattr(attend_module, "CHUNK_ON_CPU", 4)
+    x.requires_grad_()
+    output, _ = layer(x)
+    assert torch.allclose(output, whole, atol=1e-12)
+    for position in range(length):
+        (gradient,) = torch.autograd.grad(output[0, position].sum(), x, retain_graph=True)
+        assert not gradient[0, position + 1 :].any() and gradient[0, position].any()
+        changed = x.detach().clone()
+        changed[:, position:] += 3.0
+        assert torch.equal(layer(changed)[0][:, :position], output[:, :position])
 
 
 def cached(

@@ -286,6 +286,23 @@ def test_the_exact_method_solves_least_squares_in_one_step() -> None:
     assert torch.allclose(layer.weight.T, torch.linalg.lstsq(x, z).solution, atol=1e-6)
 
 
+def test_the_exact_method_sees_every_row_and_goes_on_from_its_state() -> None:
+    # More rows than the other methods look at, in two portions, the second of them by another optimiser.
+    x, z = torch.randn(6000, 6, dtype=torch.float64), torch.randn(6000, 4, dtype=torch.float64)
+    layer, state = nn.Linear(6, 4, bias=False).double(), None
+    for rows in (slice(0, 3000), slice(3000, 6000)):
+        optimizer = Kalma([{"params": [layer.weight], "method": "exact", "lr": 1.0, "prior": 1e9}])
+        optimizer.attach(layer)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        optimizer.zero_grad()
+        (0.5 * (layer(x[rows]) - z[rows]).square().sum()).backward()
+        optimizer.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.detach()
+    assert torch.allclose(layer.weight.T, torch.linalg.lstsq(x, z).solution, atol=1e-6)
+
+
 def test_the_exact_method_needs_the_inputs() -> None:
     layer = nn.Linear(6, 4, bias=False)
     optimizer = Kalma([{"params": [layer.weight], "method": "exact", "lr": 1.0}])

@@ -4,9 +4,6 @@ import json
 import math
 import os
 import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from kalmagrove.scaling.study import open_study
 from kalmagrove.scaling.sweep import sweep, write_tables
 from kalmagrove.scaling.worker import known_losses, runs_to_do, tuning_report, work
 from kalmagrove.training.config import DataConfig, LoopConfig, plain_options
+from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder, open_run_folder, valid_loss_of
 from kalmagrove.training.session import TrainingSession
 from kalmagrove.training.signals import Interrupted
@@ -132,15 +130,23 @@ def test_a_run_that_another_process_holds_is_left_alone(packed: PackedText, tmp_
     assert claim is not None and claim.rung.key == todo[0].key
 
 
-def test_a_run_that_diverges_has_an_outcome_and_is_left_out_by_name(packed: PackedText, tmp_path: Path) -> None:
-    # The largest size alone, at a rate that no model survives.
+def test_a_run_that_diverges_has_an_outcome_and_is_left_out_by_name(
+    packed: PackedText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = TrainingRun.train_step
+
+    def diverge(self: TrainingRun) -> Any:
+        if self.config.loop.tokens == run.tokens and self.step == 3:
+            raise TrainingDiverged("the loss is nan")
+        return train_step(self)
+
+    monkeypatch.setattr(TrainingRun, "train_step", diverge)
     config = replace(CONFIG, families="llama", sizes=["16x1"], tokens=["512", "1024"], lr_exponent=0.0)
     config = replace(config, loop=replace(config.loop, tokens="1024"))
     share = FolderShare(tmp_path)
     run = rungs(config, {"llama": 1.0})[0]
-    with open_run_folder(run_path(tmp_path, run), {}) as folder:
-        folder.write_result({"diverged": True, "step": 3, "seconds": 1.0})
     work(config, packed, tmp_path, share)
+    assert RunFolder(run_path(tmp_path, run)).read_result()["diverged"]  # type: ignore[index]
     write_tables(config, packed, tmp_path, share, command="")
     table = read_points(tmp_path)
     assert len(table.points) == 1 and len(table.left_out) == 1
@@ -164,16 +170,6 @@ def test_trials_choose_the_rate_and_the_check_is_reported(packed: PackedText, tm
     assert check["lost"] == check["valid_loss"]["1"] - min(check["valid_loss"].values())
     assert facts["runs"] == 2
     assert tuning_report(config, {}, [], {}) == []
-
-
-@contextmanager
-def two_threads(works: Sequence[Any]) -> Iterator[None]:
-    threads = [threading.Thread(target=each) for each in works]
-    for thread in threads:
-        thread.start()
-    yield
-    for thread in threads:
-        thread.join()
 
 
 @pytest.mark.parametrize("storage", ["journal.log", "sqlite:///{folder}/study.db"])

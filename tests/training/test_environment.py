@@ -84,8 +84,7 @@ def test_the_peak_rises_with_memory_in_use() -> None:
     block = np.ones(300 * MEBIBYTE, dtype=np.uint8)
     with_block = peak_memory_bytes(torch.device("cpu"))
     assert block[-1] == 1
-    assert with_block > 300 * MEBIBYTE
-    assert with_block >= before
+    assert with_block > before + 250 * MEBIBYTE
 
 
 def test_a_reset_forgets_an_earlier_peak() -> None:

@@ -96,9 +96,10 @@ def test_two_processes_train_as_one(alone: Path, packed: PackedText, tmp_path: P
     for _, name in jobs:
         assert_same(tmp_path / name, alone / "kalma")
     weights = [load_model(tmp_path / name).state_dict() for name in ("ddp", "fsdp")]
+    first = TrainingRun(config(), packed).model.state_dict()
     for name, value in load_model(alone / "kalma").state_dict().items():
         for other in weights:
-            torch.testing.assert_close(other[name], value, atol=2e-2, rtol=0, msg=name)
+            assert (other[name] - value).norm() <= 0.1 * (value - first[name]).norm(), name
 
 
 @needs_gloo
