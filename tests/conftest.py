@@ -153,6 +153,7 @@ def make_results() -> Callable[..., Record]:
             "budget": {"tokens": 10000, "steps": 20, "tokens_per_step": 500, "context_length": 64, "epochs": 1.25},
             "seeds": list(range(len(llama))),
             "trials": 1,
+            "trial_tokens": None,
             "environment": {"python": "3.12.1", "usable_cores": 4, "packages": {"torch": "2.11.0", "numpy": None}},
             "baseline": "llama",
             "candidate": "ours",

@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except (KalmaGroveError, OSError) as error:
         print(f"kalmagrove: {error}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 2 if isinstance(error, UsageError) else 1))
+        return error.exit_code if isinstance(error, KalmaGroveError) else 1
 
 
 def _dispatch(words: list[str]) -> int:

@@ -5,11 +5,19 @@ LONGEST_REASON = 300
 
 
 class KalmaGroveError(ValueError):
-    """Something the user gave cannot be used; the text names it and says what to do."""
+    """Something the user gave cannot be used; the text names it and says what to do.
+
+    Attributes:
+        exit_code: Of the command that it ends.
+    """
+
+    exit_code = 1
 
 
 class UsageError(KalmaGroveError):
-    """A flag or configuration value is wrong; the command exits with code 2."""
+    """A flag or configuration value is wrong."""
+
+    exit_code = 2
 
 
 def first_line(error: BaseException) -> str:

@@ -221,6 +221,12 @@ def _is_running(process: int) -> bool:
     return True
 
 
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync_tree(folder: Path) -> None:
     """Wait until a folder, all below it and their content are on the disk.
 
@@ -267,4 +273,4 @@ def require_free_folder(folder: Path) -> None:
         UsageError: The folder is not empty, or a file.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not empty; choose another --out")
+        raise UsageError(f"{folder} exists and is not empty; choose another folder")

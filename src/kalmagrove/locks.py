@@ -54,11 +54,15 @@ def lock_folder(folder: Path, what: str) -> IO[bytes]:
 
 
 def unlock(file: IO[bytes]) -> None:
-    """Frees a lock; closing alone would leave it with worker processes that were forked meanwhile."""
+    """Frees a lock and closes its file; doing so twice is harmless."""
+    if file.closed:
+        return
     if sys.platform != "win32":
         import fcntl
 
+        # Closing alone would leave it with worker processes that were forked meanwhile.
         fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def _take(file: IO[bytes]) -> None:

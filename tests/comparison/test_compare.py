@@ -427,11 +427,6 @@ def test_the_built_in_corpus_has_a_name_in_the_results(packed: PackedText, tmp_p
     assert "standard library" in results["data"]["source"]
 
 
-def test_a_loss_that_is_not_a_number_never_wins_a_trial() -> None:
-    trials = [{"valid_loss": float("nan")}, {"valid_loss": None}, {"valid_loss": 3.0}]
-    assert min(trials, key=compare_module._rank_of_trial) == {"valid_loss": 3.0}
-
-
 def test_times_are_compared_by_whole_blocks_of_ten_steps() -> None:
     seconds = {step: 2.0 if step % 10 == 1 else 1.0 for step in range(11, 36)}
     assert _blocks(seconds) == {1: (10, 11.0), 2: (10, 11.0)}

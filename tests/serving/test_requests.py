@@ -43,6 +43,21 @@ def _is_json(body: Any) -> bool:
     return "Infinity" not in json.dumps(body)
 
 
+@pytest.mark.parametrize(
+    ("parse", "body"),
+    [
+        (completion_of, {"prompt": ["a", "b"]}),
+        (completion_of, {"prompt": "a", "stream": "yes"}),
+        (completion_of, {"prompt": "a", "stream": True, "stream_options": {"include_usage": 3}}),
+        (completion_of, {"prompt": "a", "stop": 3}),
+        (chat_of, {"messages": [{"role": "nobody", "content": "a"}]}),
+    ],
+)
+def test_a_wrong_request_takes_no_seed(parse: Any, body: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        parse(body, most_tokens=50, next_seed=lambda: pytest.fail("it took one"))
+
+
 def test_what_is_left_out_has_the_apis_own_defaults() -> None:
     wanted, prompt = completion_of(
         {"prompt": "a", "user": "me", "n": 1, "logprobs": None}, most_tokens=50, next_seed=lambda: 7

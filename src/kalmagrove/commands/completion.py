@@ -17,7 +17,7 @@ except ImportError:
     shtab = None  # type: ignore[assignment]  # The extra is not there.
 
 SHELLS = ("bash", "zsh", "tcsh")
-FILES = ("begin", "config", "data", "data.source", "model", "other_text", "prompt_file", "rows", "runs", "source")
+FILES = ("begin", "config", "data", "data.source", "model", "other_text", "runs", "source")
 FOLDERS = ("data.folder", "data_folder", "dense_out", "fit", "folder", "out", "task_data")
 EXAMPLES = """\
   kalmagrove completion bash > ~/.local/share/bash-completion/completions/kalmagrove

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +10,12 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out, say
 from kalmagrove.compression.options import CompressOptions
-from kalmagrove.live_display import LiveDisplay
+from kalmagrove.live_display import LiveDisplay, can_draw
 from kalmagrove.training.config import parse_count
 
 if TYPE_CHECKING:
     from kalmagrove.compression.compress import CompressResult
 
-SECONDS_BETWEEN_LINES = 5.0
 EXAMPLES = """\
   kalmagrove compress path/to/llama --keep 0.7 --data book.txt --out llama-0.7
   kalmagrove compress runs/book --keep 0.5 --data book.txt --refit 10m --out book-half
@@ -43,7 +40,12 @@ def make_compress_parser() -> ArgumentParser:
     parser.add_argument(
         "--data", type=str, default=None, help="a text as for train, of the kind that the model is for; see the guide"
     )
-    parser.add_argument("--calibration_tokens", type=str, default="64k", help="of the text that are looked at")
+    parser.add_argument(
+        "--calibration_tokens",
+        type=str,
+        default=None,
+        help=f"looked at; left out: {CompressOptions.calibration_tokens:,}",
+    )
     parser.add_argument("--context_length", type=int, default=None, help="tokens of a window; left out: at most 1,024")
     parser.add_argument(
         "--refit", type=str, default=None, help="train all factors afterwards: 10m is ten minutes, 500k are tokens"
@@ -66,7 +68,9 @@ def run(words: Sequence[str]) -> None:
         require_left_out(parsed, ("batch_size",), "is of --refit; leave it out")
     given = {name: value for name, value in parsed.as_dict().items() if value is not None}
     as_json = given.pop("json")
-    options = CompressOptions(**given | {"calibration_tokens": parse_count(parsed.calibration_tokens)})
+    if parsed.calibration_tokens is not None:
+        given["calibration_tokens"] = parse_count(parsed.calibration_tokens)
+    options = CompressOptions(**given)
     if options.data is None:
         say("calibrating on the built-in corpus, Python code: give --data with the kind of text that the model is for")
     from kalmagrove.compression.compress import compress
@@ -122,15 +126,13 @@ class _Bar(LiveDisplay):
         from rich.progress import Progress
 
         console = Console(stderr=True)
-        super().__init__(Progress(console=console) if console.is_terminal else None)
+        super().__init__(Progress(console=console) if can_draw(console) else None)
         self._tasks: dict[str, Any] = {}
-        self._last_line = time.monotonic()
 
     def __call__(self, stage: str, done: float) -> None:
         if self._live is not None:
             if stage not in self._tasks:
                 self._tasks[stage] = self._live.add_task(stage, total=1.0)
             self._live.update(self._tasks[stage], completed=done)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            print(f"{stage}: {done:.0%}", file=sys.stderr, flush=True)
+        else:
+            self.print_now_and_then(f"{stage}: {done:.0%}")

@@ -76,7 +76,7 @@ def _one_voice(world: World) -> Iterator[None]:
     except (Interrupted, UsageError, TrainingDiverged) as error:
         if world.is_first:
             raise
-        sys.exit(int(getattr(error, "exit_code", 2 if isinstance(error, UsageError) else 1)))
+        sys.exit(error.exit_code)
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise

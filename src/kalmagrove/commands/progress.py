@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-import time
+from kalmagrove.live_display import LiveDisplay, can_draw
 
-from kalmagrove.live_display import LiveDisplay
-
-SECONDS_BETWEEN_LINES = 5.0
 _STAGES = {"reading": "reading the images", "tokenizer": "training the tokeniser", "packing": "tokenising and packing"}
 
 
@@ -27,16 +23,14 @@ class DataProgress(LiveDisplay):
                 TimeElapsedColumn(),
                 console=console,
             )
-            if console.is_terminal
+            if can_draw(console)
             else None
         )
         self._task = None if self._live is None else self._live.add_task("preparing the text", total=None, read="")
-        self._last_line = time.monotonic()
 
     def __call__(self, stage: str, count: int) -> None:
         description, read = _STAGES.get(stage, stage), f"{count / 1e6:,.1f} MB"
         if self._live is not None and self._task is not None:
             self._live.update(self._task, description=description, read=read)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            print(f"{description}: {read}", file=sys.stderr, flush=True)
+        else:
+            self.print_now_and_then(f"{description}: {read}")

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import json_text, make_parser, parse
 from kalmagrove.commands.run_view import line, view
+from kalmagrove.live_display import can_draw
 from kalmagrove.training.watching import FolderWatch, RunState
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def run(words: Sequence[str]) -> None:
     console = Console()
     watch = FolderWatch(options.folder)
     with _ctrl_c() as asked:
-        if console.is_terminal and not console.is_dumb_terminal and not options.json:
+        if can_draw(console) and not options.json:
             follow_live(watch, console, once=options.once, wait=asked.wait)
         else:
             follow_in_lines(watch, once=options.once, as_json=options.json, wait=asked.wait)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,20 +147,23 @@ class _Comparison:
         if "scales" in self.plan.values:
             return
         names = [contestant.name for contestant in self.config.contestants()]
-        losses: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        losses: dict[str, dict[float, float]] = {name: {} for name in names}
         rounds = [dict.fromkeys(names, scale) for scale in self.config.scales()] if self.config.trials > 1 else []
         self._try(rounds, losses)
         for _ in range(MOST_FURTHER_TRIALS if rounds and self.config.budget is None else 0):
-            tried = {name: {t["lr_scale"]: _rank_of_trial(t) for t in losses[name]} for name in names}
-            further = {name: further_trial(of, margin=self.config.trial_margin) for name, of in tried.items()}
+            further = {name: further_trial(tried, margin=self.config.trial_margin) for name, tried in losses.items()}
             at_an_edge = {name: scale for name, scale in further.items() if scale is not None}
             if not at_an_edge:
                 break
             self._try([at_an_edge], losses)
-        best = {name: min(tried, key=_rank_of_trial)["lr_scale"] if tried else 1.0 for name, tried in losses.items()}
-        self.plan.update(trials=losses, scales=best)
+        trials = {
+            name: [{"lr_scale": scale, "valid_loss": loss} for scale, loss in tried.items()]
+            for name, tried in losses.items()
+        }
+        best = {name: _best_rate(tried) if tried else 1.0 for name, tried in losses.items()}
+        self.plan.update(trials=trials, scales=best)
 
-    def _try(self, rounds: Sequence[Mapping[str, float]], losses: dict[str, list[dict[str, Any]]]) -> None:
+    def _try(self, rounds: Sequence[Mapping[str, float]], losses: dict[str, dict[float, float]]) -> None:
         """Trials, in each round one of each contestant that has a factor."""
         seed = self.config.seed_list()[0]
         steps = self.config.trial_steps(self._steps)
@@ -170,7 +172,7 @@ class _Comparison:
             shown = ", ".join(f"x{scale:g}" for scale in sorted({run.rates.scale for run in group}))
             found = self._train(group, f"learning rate {shown}")
             for run, loss in zip(group, found, strict=True):
-                losses[run.name].append({"lr_scale": run.rates.scale, "valid_loss": loss})
+                losses[run.name][run.rates.scale] = loss
 
     def train_finally(self) -> None:
         """Every contestant on every seed; the test split is read here, once a run."""
@@ -363,8 +365,3 @@ def _untried_neighbour(losses: Mapping[float, float], step: float) -> float | No
 
 def _all_rates(scales: Mapping[str, float]) -> dict[str, Rates]:
     return {name: Rates(scale) for name, scale in scales.items()}
-
-
-def _rank_of_trial(trial: Mapping[str, Any]) -> float:
-    loss = trial["valid_loss"]
-    return loss if loss is not None and math.isfinite(loss) else math.inf

@@ -51,7 +51,9 @@ def seconds_per_round(config: CompareConfig, data: TrainingData, world: World = 
         TrainingRun(config.train_config(contestant, seed=seed, steps=steps), data, world)
         for contestant in config.contestants()
     ]
-    rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]
-    for run in runs:
-        run.loss.close()
+    try:
+        rounds = [sum(run.train_step().seconds for run in runs) for _ in range(steps)]
+    finally:
+        for run in runs:
+            run.loss.close()
     return statistics.fmean(rounds[WARMUP_STEPS:])

@@ -45,11 +45,7 @@ def time_in_turns(
         )
         for contestant in config.contestants()
     }
-    try:
-        seconds = _take_turns(runs, timed)
-    finally:
-        for run in runs.values():
-            run.loss.close()
+    seconds = _take_turns(runs, timed)
     return {
         "step_seconds": {name: times[TIMING_WARMUP:] for name, times in seconds.items()},
         "environment": describe_environment(),

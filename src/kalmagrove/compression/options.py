@@ -41,7 +41,7 @@ class CompressOptions:
     rank: int | None = None
     target_ppl: float | None = None
     data: str | None = None
-    calibration_tokens: int = 65536
+    calibration_tokens: int = 64_000
     context_length: int | None = None
     refit: str | None = None
     batch_size: int = 4

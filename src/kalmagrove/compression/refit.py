@@ -50,11 +50,13 @@ class RefitLength:
 
 @dataclass(frozen=True)
 class RefitResult:
-    """Attributes:
-    loss_before: Nats a token on the validation windows.
-    loss_after: Of the weights that were kept; never more than before.
-    tokens: That were trained on.
-    seconds: That it took, evaluations included.
+    """What a refit changed.
+
+    Attributes:
+        loss_before: Nats a token on the validation windows.
+        loss_after: Of the weights that were kept; never more than before.
+        tokens: That were trained on.
+        seconds: That it took, evaluations included.
     """
 
     loss_before: float

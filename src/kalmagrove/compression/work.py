@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import read_json_object, remove, whole_file, write_json_atomic
+from kalmagrove.files import read_json_object, remove, sha256_of, whole_file, write_json_atomic
 from kalmagrove.locks import LOCK_NAME, lock_folder, unlock
 from kalmagrove.tensor_files import disk_errors
 
@@ -108,9 +108,7 @@ class WorkFolder:
 
     def close(self) -> None:
         """Gives the folder free; doing so twice is harmless."""
-        if not self._lock.closed:
-            unlock(self._lock)
-            self._lock.close()
+        unlock(self._lock)
 
     def __enter__(self) -> Self:
         return self
@@ -138,6 +136,5 @@ def fingerprint_of(files: list[Path]) -> str:
     """SHA-256 over the content of files, in the order of their names."""
     total = hashlib.sha256()
     for path in sorted(files):
-        with path.open("rb") as file:
-            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+        total.update(path.name.encode() + bytes.fromhex(sha256_of(path)))
     return total.hexdigest()

@@ -20,7 +20,7 @@ from kalmagrove.data.packing import MANIFEST, Progress, SplitInfo
 from kalmagrove.data.splits import SPLITS
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import whole_folder, write_json_atomic
+from kalmagrove.files import sha256_of, whole_folder, write_json_atomic
 from kalmagrove.modalities.registry import make_modality
 from kalmagrove.modalities.sequences import Sequences
 
@@ -371,10 +371,7 @@ def _verify(packed: PackedExamples, manifest: dict[str, Any]) -> None:
 
 
 def _digest(path: Path) -> str:
-    if not path.is_file():
-        return "missing"
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path) if path.is_file() else "missing"
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from kalmagrove.data.tokenizer import (
     train_tokenizer,
 )
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import remove_abandoned, whole_folder, write_json_atomic
+from kalmagrove.files import remove_abandoned, sha256_of, whole_folder, write_json_atomic
 
 if TYPE_CHECKING:
     import torch
@@ -516,11 +516,8 @@ def _check_token_file(path: Path, info: SplitInfo, item_bytes: int, verify: bool
     expected, found = info.tokens * item_bytes, path.stat().st_size
     if found != expected:
         raise KalmaGroveError(f"{path} holds {found} bytes, but the manifest says {expected}; {_REMEDY}")
-    if verify:
-        with path.open("rb") as file:
-            changed = hashlib.file_digest(file, "sha256").hexdigest() != info.sha256
-        if changed:
-            raise KalmaGroveError(f"the content of {path} changed; {_REMEDY}")
+    if verify and sha256_of(path) != info.sha256:
+        raise KalmaGroveError(f"the content of {path} changed; {_REMEDY}")
 
 
 def _token_file(folder: Path, split: str) -> Path:

@@ -22,6 +22,7 @@ from typing import IO, Any, BinaryIO
 from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.data.synthetic.source import synthetic_fingerprint, synthetic_splits
 from kalmagrove.errors import KalmaGroveError, first_line
+from kalmagrove.files import sha256_of
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 COMPRESSION_SUFFIXES = (".xz", ".gz", ".zst")
@@ -174,9 +175,7 @@ def content_fingerprint(source: str | None, suffixes: tuple[str, ...] = TEXT_SUF
         return None
     whole = hashlib.sha256()
     for item in source_files(source, suffixes):
-        with item.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(json.dumps([item.name, digest]).encode())
+        whole.update(json.dumps([item.name, sha256_of(item.path)]).encode())
     return whole.hexdigest()
 
 

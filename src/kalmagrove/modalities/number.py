@@ -15,7 +15,7 @@ KNOTS = 24
 bins has one for each."""
 COLUMN, PLACE, SCALED, BIN = range(4)
 """What the features of a number are: its column, its place among the column's values (0 to 1), its distance from the
-column's mean in standard deviations, and its bin."""
+column's median in standard deviations told from the quartiles, and its bin."""
 
 
 class NumberModality(Modality):

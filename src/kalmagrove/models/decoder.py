@@ -181,12 +181,13 @@ class KalmaGroveModel(KalmaGrovePreTrainedModel):
         if self.config.positions == "learned":
             x = x + self.embed_positions(where.positions.clamp(min=0))
         embedded, first_values = x, None
-        states = [x]
+        states = [x] if output_hidden_states else []
         for index, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[index]
             x, values = layer(x, embedded, first_values, where, state)
             first_values = values if first_values is None else first_values
-            states.append(x)
+            if output_hidden_states:
+                states.append(x)
         if cache is not None:
             cache.length += x.shape[1]
         normed = self.norm(x)

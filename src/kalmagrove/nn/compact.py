@@ -32,7 +32,6 @@ class CompactBasis(Basis):
 
     def __init__(self, rank: int, in_features: int) -> None:
         nn.Module.__init__(self)
-        self.std = in_features**-0.5
         self.rest = nn.Parameter(torch.zeros(rank, in_features - rank))
         # The pivots, then all others; stored, so that a model is read as it was written.
         self.register_buffer("order", torch.arange(in_features, dtype=torch.int32))

@@ -47,7 +47,6 @@ class Spread:
     median: float
     low: float
     high: float
-    n: int
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -93,7 +92,7 @@ def median_spread(ratios: Sequence[float]) -> Spread | None:
     if not ratios:
         return None
     ordered = sorted(ratios)
-    return Spread(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9), len(ordered))
+    return Spread(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9))
 
 
 def _quantile(ordered: Sequence[float], part: float) -> float:

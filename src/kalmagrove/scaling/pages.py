@@ -94,9 +94,6 @@ def _residuals(residuals: Sequence[float]) -> str:
 
 def picture(summary: Mapping[str, Any]) -> str:
     """SVG: losses against parameters above, residuals of each law below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 6.4), layout="constrained")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.live_display import LiveDisplay
+from kalmagrove.live_display import LiveDisplay, can_draw
 from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import Rung, SweepConfig, planned_runs
 from kalmagrove.scaling.share import Share, run_path
@@ -41,7 +41,7 @@ class SweepProgress(LiveDisplay):
         self._part_at_start: float | None = None
         console = Console(stderr=True)
         live: Progress | None = None
-        if console.is_terminal and not console.is_dumb_terminal:
+        if can_draw(console):
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
             live = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, redirect_stdout=False)
         super().__init__(live)

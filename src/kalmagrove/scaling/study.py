@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError, first_line
@@ -149,7 +149,9 @@ class StudyClaim:
 
         def give_signs() -> None:
             while not ended.wait(SECONDS_BETWEEN_SIGNS):
-                self._trial.set_user_attr(_ALIVE, time.time())
+                # A sign that the database refuses is made up for by the next one.
+                with suppress(Exception):
+                    self._trial.set_user_attr(_ALIVE, time.time())
 
         thread = threading.Thread(target=give_signs, daemon=True)
         thread.start()

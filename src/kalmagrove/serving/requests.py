@@ -64,7 +64,8 @@ def completion_of(
     """
     check_names(body, _COMMON | {"prompt"})
     tokens = whole_number(body, "max_tokens", TOKENS_OF_A_COMPLETION, 1, 1 << 40)
-    return _wanted(body, min(tokens, most_tokens), next_seed), _prompt(body.get("prompt"))
+    prompt = _prompt(body.get("prompt"))
+    return _wanted(body, min(tokens, most_tokens), next_seed), prompt
 
 
 def chat_of(
@@ -86,7 +87,8 @@ def chat_of(
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise wrong("messages", "a list of at least one message", messages)
-    return _wanted(body, min(tokens, most_tokens), next_seed), [_message(message) for message in messages]
+    checked = [_message(message) for message in messages]
+    return _wanted(body, min(tokens, most_tokens), next_seed), checked
 
 
 def _wanted(body: Mapping[str, Any], tokens: int, next_seed: Callable[[], int]) -> Wanted:
@@ -98,18 +100,17 @@ def _wanted(body: Mapping[str, Any], tokens: int, next_seed: Callable[[], int]) 
     top_p = number(body, "top_p", 1.0, 0.0, 1.0)
     if top_p == 0:
         raise wrong("top_p", "above 0", body.get("top_p"))
+    stream, with_usage = flag(body, "stream"), flag(options or {}, "include_usage")
     sampling = Sampling(
         max_new_tokens=tokens,
         temperature=number(body, "temperature", 1.0, 0.0, 2.0),
         top_k=whole_number(body, "top_k", 0, 0, 1 << 40),
         top_p=top_p,
-        seed=0 if body.get("seed") is None else whole_number(body, "seed", 0, 0, 2**63 - 1),
         stop=stop_strings(body),
     )
-    if body.get("seed") is None:
-        # Only a request that is right takes one.
-        sampling = replace(sampling, seed=next_seed())
-    return Wanted(model, sampling, flag(body, "stream"), flag(options or {}, "include_usage"))
+    # Only a request that is right takes one.
+    seed = next_seed() if body.get("seed") is None else whole_number(body, "seed", 0, 0, 2**63 - 1)
+    return Wanted(model, replace(sampling, seed=seed), stream, with_usage)
 
 
 def _prompt(prompt: Any) -> str | list[int]:

@@ -4,7 +4,6 @@ A checkpoint is a folder `step-00000500` with `model.safetensors`, `optimizer.sa
 (everything that is not a tensor) and `manifest.json` (size and SHA-256 of the other three).
 """
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError
-from kalmagrove.files import fsync_file, fsync_folder, remove, rename_over, temporary_name
+from kalmagrove.files import fsync_file, fsync_folder, remove, rename_over, sha256_of, temporary_name
 from kalmagrove.tensor_files import disk_errors
 
 if TYPE_CHECKING:
@@ -266,18 +265,13 @@ def _write_content(
         "progress": dict(progress),
     }
     _write_json(folder / _STATE, state)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _CONTENT}
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)} for name in _CONTENT}
     _write_json(folder / _MANIFEST, {"format_version": FORMAT_VERSION, "step": step, "files": files})
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
     fsync_file(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> dict[str, str]:
@@ -388,7 +382,7 @@ def _verify(path: Path) -> int:
         if size != listed["bytes"]:
             change = "is cut" if size < listed["bytes"] else "has grown"
             raise CheckpointError(path, f"{name} {change}: it has {size} bytes, not {listed['bytes']}")
-        if _sha256(file) != listed["sha256"]:
+        if sha256_of(file) != listed["sha256"]:
             raise CheckpointError(path, f"{name} has changed since it was written (its SHA-256 differs)")
     step = manifest["step"]
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 1 << 53:

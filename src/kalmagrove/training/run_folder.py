@@ -134,9 +134,8 @@ class RunFolder:
 
     def release(self) -> None:
         """Let other processes use the folder; doing so twice is harmless."""
-        if self.lock is not None and not self.lock.closed:
+        if self.lock is not None:
             unlock(self.lock)
-            self.lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -213,7 +212,7 @@ def open_run_folder(
         else:
             run.write_config(config)
     except BaseException:
-        lock.close()
+        unlock(lock)
         raise
     return RunFolder(folder, lock)
 

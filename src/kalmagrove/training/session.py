@@ -60,7 +60,11 @@ class TrainingSession:
         check_tracker(config.track)
         check_energy(config.energy)
         self.run, self.world = self._make_run(config, data, folder, world), world
-        self.folder = self._open_folder(config, folder)
+        try:
+            self.folder = self._open_folder(config, folder)
+        except BaseException:
+            self.run.loss.close()
+            raise
         self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
         self.evaluations: dict[int, float] = {}
         self.saved_steps: set[int] = set()

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from kalmagrove.files import finite_or_null, fsync_file
-from kalmagrove.live_display import LiveDisplay
+from kalmagrove.live_display import LiveDisplay, can_draw
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -149,7 +149,7 @@ class ProgressBar(LiveDisplay):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
         console = Console(file=self._stream)
-        if not self._stream.isatty() or console.is_dumb_terminal:
+        if not self._stream.isatty() or not can_draw(console):
             return
         self._live = Progress(
             "{task.description}",

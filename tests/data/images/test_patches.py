@@ -68,7 +68,17 @@ def test_a_patch_holds_its_pixels_row_by_row_with_their_channels() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(8, 8, 2), (28, 28, 4), (32, 32, 4), (64, 64, 8), (24, 36, 4), (224, 224, 14), (5, 7, 1)],
+    [
+        (8, 8, 2),
+        (28, 28, 4),
+        (32, 32, 4),
+        (64, 64, 8),
+        (24, 36, 4),
+        (224, 224, 14),
+        (5, 7, 1),
+        (1600, 1600, 32),
+        (64, 8192, 16),
+    ],
 )
 def test_the_patch_size_is_about_the_root_of_the_side(height: int, width: int, size: int) -> None:
     assert choose_patch_size(height, width, None) == size

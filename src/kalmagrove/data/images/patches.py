@@ -65,10 +65,11 @@ def choose_patch_size(height: int, width: int, patch_size: int | None) -> int:
         UsageError: It does not divide them, is too large, or makes too many patches.
     """
     common = gcd(height, width)
-    if patch_size is None:
-        patch_size = max(size for size in range(1, isqrt(min(height, width)) + 1) if common % size == 0)
     sizes = [size for size in range(1, min(common, LARGEST_PATCH) + 1) if common % size == 0]
     fitting = [size for size in sizes if height * width // size**2 <= MOST_PATCHES]
+    if patch_size is None and fitting:
+        root = isqrt(min(height, width))
+        return max((size for size in fitting if size <= root), default=fitting[0])
     if patch_size in fitting:
         return patch_size
     if not fitting:

@@ -33,6 +33,7 @@ class Piece:
         kind: What it is.
         text: Of a text.
         image: Of an image, its file.
+        image_name: Of an image, the name that the line has for it.
         row: Of a row of a table.
         is_learnt: Whether it is to be predicted.
     """

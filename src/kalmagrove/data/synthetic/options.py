@@ -23,7 +23,7 @@ class MarkovOptions:
     """A hierarchical hidden Markov source; `MarkovSource` says what its states do.
 
     Attributes:
-        states: Hidden states, those of all levels multiplied: a power of ``levels``.
+        states: Hidden states, those of all levels multiplied: a whole number to the power of ``levels``.
         levels: Levels of the hierarchy, each with as many values.
         symbols: Words of the language.
         length: Mean tokens of a document, without its end-of-text token.
