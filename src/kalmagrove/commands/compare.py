@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import build, config_of, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.comparison.config import CompareConfig, check_workers
 
@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> None:
     """Compares models and writes the report."""
     parser = make_compare_parser()
     options = build(parser, parse(parser, words, SHORT))
-    config = CompareConfig(**{name: getattr(options, name) for name in CompareConfig.__dataclass_fields__})
+    config = config_of(CompareConfig, options)
     check_workers(options.workers, config, options.nproc)
     if started_processes("compare", words, options.nproc):
         return

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import after_second_word, build, make_parser, open_data, parse, print_json, say
+from kalmagrove.commands.parsing import (
+    after_second_word,
+    build,
+    config_of,
+    make_parser,
+    open_data,
+    parse,
+    print_json,
+    say,
+)
 from kalmagrove.training.config import DataConfig
 
 SHORT = {"--data": "--source"}
@@ -29,7 +38,7 @@ def run(words: Sequence[str]) -> None:
     """Tokenises and packs a text."""
     parser = make_data_parser()
     options = build(parser, parse(parser, after_second_word("data", "prepare", words), SHORT))
-    config = DataConfig(**{name: getattr(options, name) for name in DataConfig.__dataclass_fields__})
+    config = config_of(DataConfig, options)
     data = open_data(config)
     if options.json:
         splits = {name: asdict(info) for name, info in data.splits.items()}

@@ -10,9 +10,10 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -27,6 +28,7 @@ from kalmagrove.training.config import USUAL_VOCABULARY, DataConfig
 if TYPE_CHECKING:
     from kalmagrove.data.training_data import TrainingData
 
+Config = TypeVar("Config")
 MOST_CONFIG_VALUES = 10_000
 """Of a configuration file; ours have about a hundred."""
 
@@ -81,6 +83,12 @@ def build(parser: ArgumentParser, namespace: Namespace) -> Any:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UsageError(first_line(error)) from error
+
+
+def config_of(kind: type[Config], options: Any) -> Config:
+    """The fields of a configuration from built options, which have others too."""
+    assert is_dataclass(kind)
+    return kind(**{item.name: getattr(options, item.name) for item in fields(kind)})
 
 
 def after_second_word(command: str, second: str, words: Sequence[str]) -> Sequence[str]:

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_text, parse, print_json, require_left_out, say
+from kalmagrove.commands.parsing import (
+    build,
+    config_of,
+    make_parser,
+    open_text,
+    parse,
+    print_json,
+    require_left_out,
+    say,
+)
 from kalmagrove.commands.processes import check_worker_count
 from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import SweepConfig
@@ -51,7 +60,7 @@ def run(words: Sequence[str]) -> None:
     """Trains a ladder, or prints what it would cost."""
     parser = make_scale_sweep_parser()
     options = build(parser, parse(parser, words, SHORT))
-    config = SweepConfig(**{name: getattr(options, name) for name in SweepConfig.__dataclass_fields__})
+    config = config_of(SweepConfig, options)
     check_worker_count(options.workers)
     if options.flops_per_second is not None and not 0 < options.flops_per_second < float("inf"):
         raise UsageError(f"--flops_per_second must be positive, got {options.flops_per_second:g}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import build, config_of, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.training.config import TrainConfig
 
@@ -46,7 +46,7 @@ def run(words: Sequence[str]) -> None:
     """Trains one model into a run folder."""
     parser = make_train_parser()
     options = build(parser, parse(parser, words, SHORT))
-    config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
+    config = config_of(TrainConfig, options)
     if started_processes("train", words, options.nproc):
         return
     from kalmagrove.evaluation.perplexity import describe_perplexity

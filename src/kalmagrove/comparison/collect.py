@@ -114,7 +114,7 @@ def _model(
     step_seconds = statistics.median(seconds) if seconds else None
     if is_apart:
         _retime(runs, step_seconds, config.loop.tokens_per_step)
-    precision = next((run.pop("precision") for run in runs if run.get("precision")), config.loop.precision)
+    precision = next((run["precision"] for run in runs if run["precision"]), config.loop.precision)
     return {
         "name": contestant.name,
         "preset": contestant.preset,

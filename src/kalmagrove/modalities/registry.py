@@ -10,7 +10,7 @@ from kalmagrove.modalities.number import NumberModality
 from kalmagrove.modalities.patch import PatchModality
 
 MODALITIES: dict[str, type[Modality]] = {"number": NumberModality, "patch": PatchModality}
-"""A further modality is registered by a line here."""
+"""Their encoders and heads; images alone are laid out in two dimensions, which the store of examples knows."""
 
 
 def make_modality(name: str, hidden_size: int, options: Mapping[str, Any]) -> Modality:

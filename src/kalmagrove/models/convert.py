@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -231,15 +233,15 @@ def as_decoder(model: PreTrainedModel) -> KalmaGroveForCausalLM:
     return from_stock(inner)
 
 
-class _quiet_transformers:
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
     """Hides the progress bars of transformers while a folder is written or read."""
-
-    def __enter__(self) -> None:
-        self.was_on = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self.was_on:
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
             transformers_logging.enable_progress_bar()
 
 

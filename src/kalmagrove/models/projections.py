@@ -37,14 +37,14 @@ class GroveBases(nn.Module):
         return bank.of_layer(layer)
 
 
-def _bank(config: KalmaGroveConfig, rows: int, columns: int, rank_axis: int) -> GroveBank:
+def _bank(config: KalmaGroveConfig, rows: int, columns: int, rank_axis: Literal[0, 1]) -> GroveBank:
     return GroveBank(
         rows,
         columns,
         num_layers=config.num_hidden_layers,
         group_size=config.group_size,
         sharing=config.sharing,
-        rank_axis=1 if rank_axis else 0,
+        rank_axis=rank_axis,
         std=factor_std(config),
     )
 
@@ -100,12 +100,9 @@ def grove_rank(config: KalmaGroveConfig, name: str, in_features: int, out_featur
 def projection_factory(config: KalmaGroveConfig, bases: GroveBases | None, layer: int) -> MakeProjection:
     """The function that builds a layer's projections by name."""
 
-    def dense(name: str, in_features: int, out_features: int) -> nn.Module:
-        return nn.Linear(in_features, out_features, bias=config.bias)
-
     def projection(name: str, in_features: int, out_features: int) -> nn.Module:
         if bases is None or not is_grove(config, name):
-            return dense(name, in_features, out_features)
+            return nn.Linear(in_features, out_features, bias=config.bias)
         sides = shared_sides(config, name)
         other: Literal["private", "identity"] = "private" if config.rank is not None else "identity"
         # A private factor absorbs a diagonal core.

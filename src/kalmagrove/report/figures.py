@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.report.results import Model, Results, Run
-from kalmagrove.report.statistics import median_spread, ratio_interval
+from kalmagrove.report.statistics import median_spread
 from kalmagrove.report.table import format_count
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def _ratios(results: Results) -> list[tuple[str, float, tuple[float, float] | No
 
 
 def _score_ratio(candidate: Model, baseline: Model) -> tuple[str, float, tuple[float, float] | None] | None:
-    ratio = ratio_interval(candidate.by_seed("test", "perplexity"), baseline.by_seed("test", "perplexity"))
+    ratio = candidate.ratio_to(baseline)
     return None if ratio is None else (SCORE_LABEL, ratio.mean, ratio.bounds)
 
 

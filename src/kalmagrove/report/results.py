@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kalmagrove.errors import KalmaGroveError
+from kalmagrove.report.statistics import Interval, ratio_interval
 
 FORMAT = 1
 FILE_NAME = "results.json"
@@ -174,6 +175,10 @@ class Model:
         scores = {run.seed: run.valid if split == "valid" else run.test for run in self.runs}
         values = {seed: getattr(score, metric) for seed, score in scores.items() if score is not None}
         return {seed: value for seed, value in values.items() if value is not None and _is_usable(value)}
+
+    def ratio_to(self, other: Model, split: Split = "test", metric: Metric = "perplexity") -> Interval | None:
+        """The ratio of one metric to another model's, paired by seed; None where no seed has both."""
+        return ratio_interval(self.by_seed(split, metric), other.by_seed(split, metric))
 
 
 @dataclass(frozen=True)

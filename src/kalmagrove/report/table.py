@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from kalmagrove.report.results import Metric, Model, Results, Run, Split
-from kalmagrove.report.statistics import mean_interval, median_spread, ratio_interval
+from kalmagrove.report.statistics import mean_interval, median_spread
 from kalmagrove.report.wording import wording_of
 
 if TYPE_CHECKING:
@@ -239,10 +239,10 @@ def _time_row(results: Results) -> Row:
 
 
 def _score_row(results: Results, label: str, split: Split, metric: Metric, *, main: bool = False) -> Row:
-    reference = results.model(results.baseline).by_seed(split, metric)
+    reference = results.model(results.baseline)
     cells = []
     for model in results.models:
-        interval = None if model.name == results.baseline else ratio_interval(model.by_seed(split, metric), reference)
+        interval = None if model.name == results.baseline else model.ratio_to(reference, split, metric)
         ratio = None if interval is None else Ratio(interval.mean, interval.bounds, "95 %", decimals=3)
         cells.append(Cell(_score_text(model, split, metric), ratio))
     return Row(label, tuple(cells), main)

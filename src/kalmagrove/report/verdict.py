@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kalmagrove.report.results import Model, Results
-from kalmagrove.report.statistics import FEWEST_SHOWN, Interval, median_spread, ratio_interval
+from kalmagrove.report.statistics import FEWEST_SHOWN, Interval, median_spread
 from kalmagrove.report.table import format_score, tokens_a_parameter
 
 Tone = Literal["better", "mixed", "worse", "undecided"]
@@ -30,7 +30,7 @@ class Verdict:
 def verdict(results: Results) -> Verdict:
     """Judges the candidate by the baseline's test perplexity, and names what it costs."""
     candidate, baseline = results.model(results.candidate), results.model(results.baseline)
-    ratio = _perplexity_ratio(candidate, baseline)
+    ratio = candidate.ratio_to(baseline)
     if ratio is None:
         return _without_scores(candidate, baseline)
     claim, change = _claim(candidate.name, baseline.name, ratio)
@@ -40,10 +40,6 @@ def verdict(results: Results) -> Verdict:
     is_weak = ratio.n < FEWEST_SHOWN and (not results.is_tuned or results.screening)
     tone = _tone(results, candidate, baseline, change)
     return Verdict("; ".join(parts) + ".", "undecided" if is_weak and tone == "better" else tone)
-
-
-def _perplexity_ratio(model: Model, reference: Model) -> Interval | None:
-    return ratio_interval(model.by_seed("test", "perplexity"), reference.by_seed("test", "perplexity"))
 
 
 def _without_scores(candidate: Model, baseline: Model) -> Verdict:
@@ -133,7 +129,7 @@ def _better_other(results: Results, candidate: Model) -> str:
     """Names the best of the other models, if it did better than the candidate."""
     found = []
     for model in results.models:
-        ratio = _perplexity_ratio(model, candidate) if model.name not in (candidate.name, results.baseline) else None
+        ratio = model.ratio_to(candidate) if model.name not in (candidate.name, results.baseline) else None
         if ratio is not None and ratio.mean < 1 and not ratio.includes(1.0):
             found.append((ratio.mean, model.name))
     if not found:

@@ -123,7 +123,7 @@ def _our_line(study: Study, model: Model, reference: Model) -> str:
     is_reference = model.name == reference.name
     spread = median_spread(study.results.time_ratios(model.name))
     time = "1" if is_reference else "-" if spread is None else f"{spread.median:.2f}x"
-    ratio = ratio_interval(model.by_seed("test", "perplexity"), reference.by_seed("test", "perplexity"))
+    ratio = model.ratio_to(reference)
     columns: tuple[tuple[Split, Metric], ...] = (
         ("valid", "perplexity"),
         ("test", "perplexity"),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kalmagrove.report.results import Model, Results, Split
-from kalmagrove.report.statistics import Interval, Spread, median_spread, ratio_interval
+from kalmagrove.report.statistics import Interval, Spread, median_spread
 from kalmagrove.reproduction.answers import Verdict
 from kalmagrove.reproduction.evidence import Evidence, Study
 from kalmagrove.training.config import is_usual_transformer
@@ -56,7 +56,7 @@ class Pair:
     def perplexity(self, split: Split, rival: Model | None = None) -> Interval | None:
         """The ratio of perplexities, paired by seed."""
         other = self.rival if rival is None else rival
-        return ratio_interval(self.ours.by_seed(split, "perplexity"), other.by_seed(split, "perplexity"))
+        return self.ours.ratio_to(other, split)
 
     @property
     def time(self) -> Spread | None:

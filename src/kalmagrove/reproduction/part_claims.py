@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kalmagrove.report.results import Model
-from kalmagrove.report.statistics import Interval, mean_interval, ratio_interval
+from kalmagrove.report.statistics import Interval, mean_interval
 from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
 from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, part_to_reach, trained_rates
 from kalmagrove.reproduction.pairs import doubts_about, held_back, lost_seeds, with_doubts
@@ -129,7 +129,7 @@ def alone(evidence: Evidence, name: str, part: str) -> Answer:
 
 
 def _one_part(study: Study, plain: Model, changed: Model, *, smaller: bool) -> tuple[Verdict, str]:
-    ratio = ratio_interval(changed.by_seed("test", "perplexity"), plain.by_seed("test", "perplexity"))
+    ratio = changed.ratio_to(plain)
     spread = study.time_of(changed, plain)
     size = changed.parameters.total / plain.parameters.total
     line = (
