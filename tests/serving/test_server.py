@@ -252,6 +252,18 @@ def test_after_ctrl_c_answers_that_take_longer_than_the_limit_are_ended_with_an_
         assert server.process.wait(SECONDS) == 0
 
 
+def test_a_second_signal_ends_running_answers_at_once(folder: Path) -> None:
+    with Server.started(folder, "--grace", "600", "--max_tokens", "9000") as server:
+        stream = server.begin(**LONG)
+        stream.readline()
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("stopping: running answers have 600 seconds")
+        server.process.send_signal(signal.SIGINT)
+        *_, last = events_of(stream)
+        assert "stopped before the answer was whole" in last["error"]["message"]
+        assert server.process.wait(SECONDS) == 0
+
+
 def test_an_address_in_use_is_one_line(server: Server, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", str(folder), "--port", str(server.port)]) == 1
     error = capsys.readouterr().err
