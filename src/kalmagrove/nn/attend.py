@@ -16,7 +16,9 @@ from kalmagrove.nn.resolution import Resolution
 LONGEST_PLAIN = 1024
 """Tokens up to which full attention on a CPU is faster by plain products than by torch's fused kernel."""
 CHUNK_ON_CPU, CHUNK_ELSEWHERE = 128, 1024
-"""Queries that meet their keys at a time."""
+"""Queries that meet their keys at a time, at most."""
+SMALLEST_CHUNK_ON_CPU = 64
+"""Where a query sees few tokens one by one, since all keys that any query of a chunk sees are multiplied."""
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
@@ -26,6 +28,10 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, visible: Tensor)
         return attention_in_chunks(query, key, value, [whole])
     key, value = key.to(query.dtype), value.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=hidden_bias(visible, query.dtype))
+
+
+def _chunk_on_cpu(reach: int | None) -> int:
+    return CHUNK_ON_CPU if reach is None else min(CHUNK_ON_CPU, max(SMALLEST_CHUNK_ON_CPU, reach))
 
 
 def attend(
@@ -55,7 +61,7 @@ def attend(
     key, value = (each[0] if len(each) == 1 else torch.cat(list(each), dim=2) for each in (keys, values))
     if starts is None and flex.fits(query):
         return flex.attention_of_scales(query, key, value, resolution)
-    size = CHUNK_ON_CPU if by_hand else CHUNK_ELSEWHERE
+    size = _chunk_on_cpu(resolution.scales[0][1]) if by_hand else CHUNK_ELSEWHERE
     chunks = causal_chunks(resolution, length, size, query.device, starts)
     if by_hand:
         return attention_in_chunks(query, key, value, chunks)
