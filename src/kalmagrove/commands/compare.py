@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, config_of, make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import build, command_text, config_of, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.comparison.config import CompareConfig, check_workers
 
@@ -56,7 +55,7 @@ def run(words: Sequence[str]) -> None:
 
     keep_freed_memory()
     folder = Path(options.out)
-    command = "kalmagrove compare " + shlex.join(words)
+    command = command_text("compare", words)
     with together(config.loop.device) as (world, said):
         data = world.one_here_before_the_others(lambda: open_data(config.data))
         results = compare(config, data, folder, command=command, say=said, world=world, workers=options.workers)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out
+from kalmagrove.commands.parsing import check_new_file, make_parser, parse, print_json, require_left_out
 from kalmagrove.errors import UsageError
 
 if TYPE_CHECKING:
@@ -77,12 +77,7 @@ def _check(options: Namespace) -> None:
         require_left_out(options, ("kept",), "is of the image that --begin names; leave it out")
     if options.every_label and options.label is not None:
         raise UsageError("--every_label draws all labels; leave --label out")
-    if options.out.suffix.lower() != ".png":
-        raise UsageError(f"--out {options.out} must end in .png")
-    if options.out.exists():
-        raise UsageError(f"--out {options.out} exists already; choose another name or remove it")
-    if not options.out.parent.is_dir():
-        raise UsageError(f"--out: there is no folder {options.out.parent}; make it first")
+    check_new_file(options.out, (".png",))
 
 
 def _at_levels(pixels: np.ndarray, levels: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+import shlex
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
@@ -113,6 +114,25 @@ def say(line: str) -> None:
 def json_text(value: Any, *, indent: int | None = 2) -> str:
     """Standard JSON, which every reader takes; floats that are not finite are null."""
     return json.dumps(finite_or_null(value), indent=indent, allow_nan=False)
+
+
+def command_text(name: str, words: Sequence[str]) -> str:
+    """The command that a page names to do the same again."""
+    return f"kalmagrove {name} {shlex.join(word for word in words if word != '--json')}"
+
+
+def check_new_file(out: Path, suffixes: Sequence[str]) -> None:
+    """That a file can be written as --out.
+
+    Raises:
+        UsageError: It has another ending, exists, or would lie in a folder that does not.
+    """
+    if out.suffix.lower() not in suffixes:
+        raise UsageError(f"--out {out} must end in {' or '.join(suffixes)}")
+    if out.exists():
+        raise UsageError(f"--out {out} exists already; choose another name or remove it")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out: there is no folder {out.parent}; make it first")
 
 
 def print_json(value: Any, *, indent: int | None = 2) -> None:

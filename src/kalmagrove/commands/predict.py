@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out, say
+from kalmagrove.commands.parsing import check_new_file, make_parser, parse, print_json, require_left_out, say
 from kalmagrove.errors import UsageError
 from kalmagrove.files import write_text_atomic
 
@@ -66,7 +66,8 @@ def run(words: Sequence[str]) -> None:
     quantiles = parse_quantiles(options.quantiles)
     if min(options.orders, options.batch_size, options.max_new_tokens) < 1 or not 0 <= options.seed < 2**63:
         raise UsageError("need --orders >= 1, --batch_size >= 1, --max_new_tokens >= 1 and --seed between 0 and 2**63")
-    _check_out(options.out)
+    if options.out is not None:
+        check_new_file(options.out, OUT_SUFFIXES)
     from kalmagrove.evaluation.modality_model import open_modality_model
 
     opened = open_modality_model(options.model, device=options.device, precision=options.precision)
@@ -95,17 +96,6 @@ def parse_quantiles(text: str) -> list[float]:
     if not levels or not all(0 < level < 1 for level in levels):
         raise UsageError(f"--quantiles must be numbers between 0 and 1, divided by commas; got {text!r}")
     return levels
-
-
-def _check_out(out: Path | None) -> None:
-    if out is None:
-        return
-    if out.suffix not in OUT_SUFFIXES:
-        raise UsageError(f"--out {out} must end in {' or '.join(OUT_SUFFIXES)}")
-    if out.exists():
-        raise UsageError(f"--out {out} exists already; choose another name or remove it")
-    if not out.parent.is_dir():
-        raise UsageError(f"--out: there is no folder {out.parent}; make it first")
 
 
 def _refuse_what_does_nothing(modality: Any, given: Namespace) -> None:
@@ -147,7 +137,7 @@ def _put_out(found: Predictions, options: Namespace) -> None:
     from kalmagrove.evaluation.table_files import write_rows
 
     if options.out is not None:
-        write_text_atomic(options.out, write_rows(found.rows, options.out.suffix))
+        write_text_atomic(options.out, write_rows(found.rows, options.out.suffix.lower()))
     if options.json:
         result: dict[str, Any] = {"scores": found.scores}
         print_json(result | ({"rows": found.rows} if options.out is None else {"out": str(options.out)}))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import command_text, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, check_worker_count, started_processes, together
 from kalmagrove.errors import UsageError
 from kalmagrove.reproduction.answers import Answer
@@ -115,8 +114,8 @@ def show_answers(answers: Sequence[Answer], folder: Path) -> None:
 
 def _command(words: Sequence[str]) -> str:
     """What repeats all of it, whichever part was done last and however it was shown."""
-    kept = [word for word in words if word != "--json" and not word.startswith("--only=")]
+    kept = [word for word in words if not word.startswith("--only=")]
     if "--only" in kept:
         place = kept.index("--only")
         del kept[place : place + 2]
-    return "kalmagrove reproduce " + shlex.join(kept)
+    return command_text("reproduce", kept)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import make_parser, parse, print_json, say
+from kalmagrove.commands.parsing import command_text, make_parser, parse, print_json, say
 from kalmagrove.errors import UsageError
 
 EXAMPLES = """\
@@ -65,7 +64,7 @@ def run(words: Sequence[str]) -> None:
         baselines=options.baseline,
         say=say,
     )
-    summary["command"] = "kalmagrove scale fit " + shlex.join(word for word in words if word != "--json")
+    summary["command"] = command_text("scale fit", words)
     out = options.out
     if len(options.runs) == 1:
         summary |= facts_of_sweep(options.runs[0])

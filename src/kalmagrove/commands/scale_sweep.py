@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from kalmagrove.commands.parsing import (
     build,
+    command_text,
     config_of,
     make_parser,
     open_text,
@@ -87,7 +87,7 @@ def run(words: Sequence[str]) -> None:
         Path(options.out),
         workers=workers,
         storage=options.storage,
-        command="kalmagrove scale sweep " + shlex.join(words),
+        command=command_text("scale sweep", words),
     )
     if options.json:
         print_json(facts)
