@@ -7,9 +7,10 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, command_text, config_of, make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import build, command_text, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
 from kalmagrove.comparison.config import CompareConfig, check_workers
+from kalmagrove.training.config import config_of
 
 SHORT = {"--data": "--data.source", "--modality": "--data.modality", "--tokens": "--loop.tokens"}
 EXAMPLES = """\

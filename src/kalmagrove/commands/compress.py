@@ -44,7 +44,7 @@ def make_compress_parser() -> ArgumentParser:
         "--calibration_tokens",
         type=str,
         default=None,
-        help=f"looked at; left out: {CompressOptions.calibration_tokens:,}",
+        help=f"of the text that are looked at; left out: {CompressOptions.calibration_tokens:,}",
     )
     parser.add_argument("--context_length", type=int, default=None, help="tokens of a window; left out: at most 1,024")
     parser.add_argument(

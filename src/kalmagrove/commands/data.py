@@ -11,14 +11,13 @@ from jsonargparse import ArgumentParser
 from kalmagrove.commands.parsing import (
     after_second_word,
     build,
-    config_of,
     make_parser,
     open_data,
     parse,
     print_json,
     say,
 )
-from kalmagrove.training.config import DataConfig
+from kalmagrove.training.config import DataConfig, config_of
 
 SHORT = {"--data": "--source"}
 EXAMPLES = """\

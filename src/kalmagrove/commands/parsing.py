@@ -11,10 +11,9 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -29,7 +28,6 @@ from kalmagrove.training.config import USUAL_VOCABULARY, DataConfig
 if TYPE_CHECKING:
     from kalmagrove.data.training_data import TrainingData
 
-Config = TypeVar("Config")
 MOST_CONFIG_VALUES = 10_000
 """Of a configuration file; ours have about a hundred."""
 
@@ -84,12 +82,6 @@ def build(parser: ArgumentParser, namespace: Namespace) -> Any:
         raise
     except (ValueError, TypeError, ArithmeticError) as error:
         raise UsageError(first_line(error)) from error
-
-
-def config_of(kind: type[Config], options: Any) -> Config:
-    """The fields of a configuration from built options, which have others too."""
-    assert is_dataclass(kind)
-    return kind(**{item.name: getattr(options, item.name) for item in fields(kind)})
 
 
 def after_second_word(command: str, second: str, words: Sequence[str]) -> Sequence[str]:

@@ -11,7 +11,6 @@ from jsonargparse import ArgumentParser
 from kalmagrove.commands.parsing import (
     build,
     command_text,
-    config_of,
     make_parser,
     open_text,
     parse,
@@ -25,6 +24,7 @@ from kalmagrove.scaling.ladder import SweepConfig
 
 if TYPE_CHECKING:
     from kalmagrove.data.packing import PackedText
+from kalmagrove.training.config import config_of
 
 SHORT = {"--data": "--data.source"}
 EXAMPLES = """\

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from kalmagrove.commands.parsing import build, config_of, make_parser, open_data, parse, print_json
+from kalmagrove.commands.parsing import build, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, started_processes, together
-from kalmagrove.training.config import TrainConfig
+from kalmagrove.training.config import TrainConfig, config_of
 
 SHORT = {
     "--data": "--data.source",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import SweepConfig
+from kalmagrove.training.config import config_of
 
 SCALES = ("smoke", "laptop", "paper")
 LADDER = "ladder"
@@ -121,5 +122,4 @@ def _build(kind: type[Config], options: Mapping[str, Any], where: str) -> Config
         built = parser.instantiate(parser.parse_object(dict(options)))
     except (ArgumentError, UsageError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"{where}: {' '.join(str(error).split())[:300]}") from error
-    assert is_dataclass(kind)
-    return kind(**{item.name: getattr(built, item.name) for item in fields(kind)})
+    return config_of(kind, built)

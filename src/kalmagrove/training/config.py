@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from decimal import Decimal
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
 from kalmagrove.errors import UsageError
@@ -25,6 +25,7 @@ from kalmagrove.models.choices import (
 from kalmagrove.models.presets import PARTS, split_parts, split_preset
 
 OptimizerName = Literal["kalma", "adamw", "muon", "soap"]
+Config = TypeVar("Config")
 Schedule = Literal["linear", "cosine", "wsd", "constant"]
 PrecisionChoice = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
@@ -400,6 +401,12 @@ class TrainConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     track: TrackerName | None = None
     energy: bool = False
+
+
+def config_of(kind: type[Config], options: Any) -> Config:
+    """The fields of a configuration, a dataclass, from built options, which may have others too."""
+    assert is_dataclass(kind)
+    return kind(**{item.name: getattr(options, item.name) for item in fields(kind)})
 
 
 def plain_options(config: Any) -> dict[str, Any]:

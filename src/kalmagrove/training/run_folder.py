@@ -5,6 +5,7 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -122,7 +123,9 @@ class RunFolder:
         Raises:
             KalmaGroveError: The file is not a JSON object.
         """
-        return read_json_object(self.result_path, _REMEDY) if self.result_path.exists() else None
+        with suppress(FileNotFoundError):
+            return read_json_object(self.result_path, _REMEDY)
+        return None
 
     def read_environment(self) -> dict[str, Any]:
         """Return what is known of the machine and the code, nothing before the run began.
@@ -130,7 +133,9 @@ class RunFolder:
         Raises:
             KalmaGroveError: The file is not a JSON object.
         """
-        return read_json_object(self.environment_path, _REMEDY) if self.environment_path.exists() else {}
+        with suppress(FileNotFoundError):
+            return read_json_object(self.environment_path, _REMEDY)
+        return {}
 
     def release(self) -> None:
         """Let other processes use the folder; doing so twice is harmless."""
