@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from kalmagrove.data.batches import shuffled_order
-from kalmagrove.data.example_places import place_parts
 from kalmagrove.data.examples import Example, ExampleSource
 from kalmagrove.data.packing import MANIFEST, Progress, SplitInfo
+from kalmagrove.data.part_sequences import StoredParts, placed_sequences, store_parts
 from kalmagrove.data.splits import SPLITS
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
 from kalmagrove.errors import KalmaGroveError, UsageError
@@ -129,36 +129,22 @@ class PackedExamples:
         return self._sequences(split, [(row, 0) for row in rows], 0, self.longest)
 
     def _sequences(self, split: str, chosen: list[tuple[int, int]], seed: int, width: int) -> Sequences:
-        files = _SplitFiles(self, split)
-        tokens = np.full((len(chosen), width), self.end_of_text_id, dtype=np.int64)
-        weights = np.zeros((len(chosen), width), dtype=np.float32)
-        axes = np.zeros((len(chosen), width, 2), dtype=np.float32)
+        stored, example_ends = _map_split(self, split)
         orders = []
         for example, epoch in chosen:
-            first, end = files.parts_of(example)
+            first, end = _range(example_ends, example)
             order = shuffled_order(end - first, seed, epoch, example) if self.shuffles else np.arange(end - first)
             orders.append(first + order)
-        where = place_parts(orders, files.part_ends, files.places)
-        own = files.tokens[where.sources]
-        tokens[where.rows, where.columns] = own
-        weights[where.rows, where.columns] = files.weights[where.sources]
-        axes[where.rows, where.columns] = where.clocks[:, None] + files.places[where.sources].astype(np.float32)
-        features = {}
-        for name, options in self.modalities.items():
-            is_element = own == options["placeholder"]
-            slots = files.slots[where.sources[is_element]]
-            features[name] = np.zeros((len(chosen), width, self.feature_sizes[name]), dtype=np.float32)
-            features[name][where.rows[is_element], where.columns[is_element]] = files.features[name][slots]
-        behind = np.arange(width) - where.ends[:, None]
-        weights[behind == 0] = self.predicts_end
-        axes[behind >= 0] = np.repeat((where.last_clocks[:, None] + behind)[behind >= 0][:, None], 2, axis=1)
-        is_flat = not any(_is_square(name) for name in self.modalities)
-        return Sequences(
-            torch.from_numpy(tokens),
-            torch.from_numpy(weights),
-            {name: torch.from_numpy(values) for name, values in features.items()},
-            None if is_flat else torch.from_numpy(axes),
+        sequences = placed_sequences(
+            stored,
+            orders,
+            end_token=self.end_of_text_id,
+            placeholders=_placeholders(self.modalities),
+            width=width,
+            predicts_end=self.predicts_end,
         )
+        is_flat = not any(_is_square(name) for name in self.modalities)
+        return replace(sequences, axes=None) if is_flat else sequences
 
 
 def _is_square(name: str) -> bool:
@@ -171,22 +157,28 @@ def _feature_size(name: str, options: dict[str, Any]) -> int:
         return make_modality(name, 1, options).feature_size
 
 
-class _SplitFiles:
-    """The mapped files of one split."""
+def _placeholders(modalities: dict[str, dict[str, Any]]) -> dict[str, int]:
+    return {name: options["placeholder"] for name, options in modalities.items()}
 
-    def __init__(self, data: PackedExamples, split: str) -> None:
-        def mapped(name: str, kind: str) -> np.ndarray:
-            path = _file(data.folder, split, name)
-            # An empty file cannot be mapped.
-            return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
 
-        self.tokens, self.weights, self.slots = (mapped(name, _TYPES[name]) for name in ("tokens", "weights", "slots"))
-        self.places = mapped("places", _TYPES["places"]).reshape(-1, 2)
-        self.part_ends, self._example_ends = (mapped(name, _TYPES[name]) for name in ("parts", "examples"))
-        self.features = {name: mapped(name, "<f4").reshape(-1, size) for name, size in data.feature_sizes.items()}
+def _map_split(data: PackedExamples, split: str) -> tuple[StoredParts, np.ndarray]:
+    """The mapped files of one split, and behind which part each example ends."""
 
-    def parts_of(self, example: int) -> tuple[int, int]:
-        return _range(self._example_ends, example)
+    def mapped(name: str, kind: str) -> np.ndarray:
+        path = _file(data.folder, split, name)
+        # An empty file cannot be mapped.
+        return np.memmap(path, dtype=kind, mode="r") if path.stat().st_size else np.zeros(0, dtype=kind)
+
+    own = {name: mapped(name, kind) for name, kind in _TYPES.items()}
+    stored = StoredParts(
+        tokens=own["tokens"],
+        weights=own["weights"],
+        places=own["places"].reshape(-1, 2),
+        slots=own["slots"],
+        part_ends=own["parts"],
+        features={name: mapped(name, "<f4").reshape(-1, size) for name, size in data.feature_sizes.items()},
+    )
+    return stored, own["examples"]
 
 
 def _range(ends: np.ndarray, index: int) -> tuple[int, int]:
@@ -298,44 +290,34 @@ class _SplitWriter:
     def __init__(self, folder: Path, split: str, modalities: dict[str, dict[str, Any]], stack: ExitStack) -> None:
         names = [*_TYPES, *modalities]
         self._files = {name: stack.enter_context(_file(folder, split, name).open("wb")) for name in names}
-        self._modalities = modalities
+        self._placeholders = _placeholders(modalities)
+        self._sizes = {name: _feature_size(name, options) for name, options in modalities.items()}
         self._elements = dict.fromkeys(modalities, 0)
         self._parts = 0
         self.tokens = self.bytes = self.words = self.documents = self.longest = 0
 
     def add(self, example: Example) -> None:
-        tokens = np.concatenate([[], *(part.tokens for part in example.parts)]).astype(np.int64)
-        sizes = [len(part.tokens) for part in example.parts]
-        slots = np.zeros(len(tokens), dtype=_TYPES["slots"])
-        for name, options in self._modalities.items():
-            features = [part.features[name] for part in example.parts if name in part.features]
-            chosen = np.flatnonzero(tokens == options["placeholder"])
-            count = sum(map(len, features))
-            if count != len(chosen):
-                raise ValueError(f"{count} features of {name} for {len(chosen)} placeholders")
-            slots[chosen] = self._elements[name] + np.arange(count)
-            self._elements[name] += count
-            for own in features:
-                self._put(name, np.asarray(own), "<f4")
-        self._put("tokens", tokens, _TYPES["tokens"])
-        self._put("weights", np.concatenate([[], *(part.weights for part in example.parts)]), _TYPES["weights"])
-        self._put("slots", slots, _TYPES["slots"])
-        places = [_line(len(part.tokens)) if part.places is None else part.places for part in example.parts]
-        self._put("places", np.concatenate([np.zeros((0, 2)), *places]), _TYPES["places"])
-        self._put("parts", self.tokens + np.cumsum(sizes), _TYPES["parts"])
-        self.tokens, self._parts = self.tokens + len(tokens), self._parts + len(sizes)
-        self._put("examples", np.array([self._parts]), _TYPES["examples"])
+        own = store_parts(example.parts, placeholders=self._placeholders, sizes=self._sizes)
+        for name, features in own.features.items():
+            own.slots[own.tokens == self._placeholders[name]] += self._elements[name]
+            self._elements[name] += len(features)
+            self._put(name, features, "<f4")
+        for name, values in (
+            ("tokens", own.tokens),
+            ("weights", own.weights),
+            ("slots", own.slots),
+            ("places", own.places),
+            ("parts", self.tokens + own.part_ends),
+            ("examples", np.array([self._parts + len(example.parts)])),
+        ):
+            self._put(name, values, _TYPES[name])
+        self.tokens, self._parts = self.tokens + len(own.tokens), self._parts + len(example.parts)
         self.bytes, self.words = self.bytes + example.size, self.words + example.values
         # Before and after an example stands the end-of-text token.
-        self.documents, self.longest = self.documents + 1, max(self.longest, len(tokens) + 2)
+        self.documents, self.longest = self.documents + 1, max(self.longest, len(own.tokens) + 2)
 
     def _put(self, name: str, values: np.ndarray, kind: str) -> None:
         self._files[name].write(values.astype(kind).tobytes())
-
-
-def _line(length: int) -> np.ndarray:
-    """Places that are in one line, (length, 2)."""
-    return np.repeat(np.arange(length)[:, None], 2, axis=1)
 
 
 def _open(folder: Path, *, verify: bool) -> tuple[PackedExamples, Any]:
