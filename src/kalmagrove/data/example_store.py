@@ -14,11 +14,18 @@ import numpy as np
 import torch
 
 from kalmagrove.data.batches import shuffled_order
+from kalmagrove.data.example_checks import check_examples
 from kalmagrove.data.examples import Example, ExampleSource
 from kalmagrove.data.packing import MANIFEST, Progress, SplitInfo
 from kalmagrove.data.part_sequences import StoredParts, placed_sequences, store_parts
 from kalmagrove.data.splits import SPLITS
-from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer, save_tokenizer, tokenizer_fingerprint
+from kalmagrove.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    vocabulary_size,
+)
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import sha256_of, whole_folder, write_json_atomic
 from kalmagrove.modalities.registry import make_modality
@@ -272,7 +279,7 @@ def _write(source: ExampleSource, folder: Path, progress: Progress) -> None:
         "source": source.source,
         "splits": splits,
         "longest": longest,
-        "vocab_size": max(source.tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
+        "vocab_size": vocabulary_size(source.tokenizer),
         "modalities": source.modalities,
         "shuffles": source.shuffles,
         "predicts_end": source.predicts_end,
@@ -331,25 +338,57 @@ def _open(folder: Path, *, verify: bool) -> tuple[PackedExamples, Any]:
             name: manifest[name] for name in PackedExamples.__dataclass_fields__ if name not in ("folder", "splits")
         }
         packed = PackedExamples(folder=folder, splits=splits, **fields)
-        own_fingerprint = _fingerprint(manifest)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        _check_fields(packed)
+        inputs, own_fingerprint = manifest["inputs"], _fingerprint(manifest)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise KalmaGroveError(f"{path} is no sound manifest of examples ({error}); {_REMEDY}") from error
     if packed.fingerprint != own_fingerprint:
         raise KalmaGroveError(f"the fingerprint in {path} does not match what it lists; {_REMEDY}")
     if verify:
         _verify(packed, manifest)
-    return packed, manifest["inputs"]
+    return packed, inputs
+
+
+def _check_fields(packed: PackedExamples) -> None:
+    """Raises ValueError where one cannot be what it is said to be; the features' sizes are found here."""
+    kinds = {int: ("longest", "vocab_size", "end_of_text_id"), bool: ("shuffles", "predicts_end")}
+    kinds[str] = ("modality", "fingerprint", "tokenizer_fingerprint", "source")
+    wrong = [name for kind, names in kinds.items() for name in names if type(getattr(packed, name)) is not kind]
+    counts = [count for info in packed.splits.values() for name, count in asdict(info).items() if name != "sha256"]
+    if wrong or any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError(f"{wrong[0] if wrong else 'a count'} is of a wrong kind")
+    special = {"end_of_text_id": packed.end_of_text_id, **_placeholders(packed.modalities)}
+    none = [name for name, token in special.items() if type(token) is not int or not 0 <= token < packed.vocab_size]
+    if none or not all(packed.feature_sizes.values()):
+        raise ValueError(f"the token of {none[0]} is none" if none else "a modality has no features")
 
 
 def _verify(packed: PackedExamples, manifest: dict[str, Any]) -> None:
-    if tokenizer_fingerprint(packed.load_tokenizer()) != packed.tokenizer_fingerprint:
+    tokenizer = packed.load_tokenizer()
+    if tokenizer_fingerprint(tokenizer) != packed.tokenizer_fingerprint:
         raise KalmaGroveError(f"the content of {packed.folder / 'tokenizer.json'} changed; {_REMEDY}")
     if _digest(packed.folder / SCHEMA) != manifest["schema_sha256"]:
         raise KalmaGroveError(f"the content of {packed.folder / SCHEMA} changed; {_REMEDY}")
+    longest = 0
     for split, info in packed.splits.items():
         paths = [_file(packed.folder, split, name) for name in (*_TYPES, *packed.modalities)]
         if hashlib.sha256("".join(map(_digest, paths)).encode()).hexdigest() != info.sha256:
             raise KalmaGroveError(f"the files of {split} in {packed.folder} are missing or changed; {_REMEDY}")
+        try:
+            stored, example_ends = _map_split(packed, split)
+            placeholders = _placeholders(packed.modalities)
+            longest = max(
+                longest,
+                check_examples(stored, example_ends, info, placeholders=placeholders, vocab_size=packed.vocab_size),
+            )
+        except (OSError, ValueError) as error:
+            raise KalmaGroveError(f"{split} of {packed.folder} is damaged: {error}; {_REMEDY}") from error
+    found = {"longest": longest, "vocab_size": vocabulary_size(tokenizer), "end_of_text_id": end_of_text_id(tokenizer)}
+    for name, value in found.items():
+        if getattr(packed, name) != value:
+            raise KalmaGroveError(
+                f"{packed.folder / MANIFEST} says {name} {getattr(packed, name)}, but it is {value}; {_REMEDY}"
+            )
 
 
 def _digest(path: Path) -> str:

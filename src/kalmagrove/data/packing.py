@@ -33,6 +33,7 @@ from kalmagrove.data.tokenizer import (
     save_tokenizer,
     tokenizer_fingerprint,
     train_tokenizer,
+    vocabulary_size,
 )
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import remove_abandoned, sha256_of, whole_folder, write_json_atomic
@@ -332,7 +333,7 @@ def _write_folder(
     content: str | None,
     report: Progress,
 ) -> None:
-    vocab_size = _vocab_size(tokenizer)
+    vocab_size = vocabulary_size(tokenizer)
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
     save_tokenizer(tokenizer, folder, context_length=None)
     splits = _write_tokens(folder, documents, tokenizer, _STORED_TYPES[dtype], report)
@@ -432,7 +433,7 @@ def _check_tokens(packed: PackedText) -> None:
     tokenizer = packed.load_tokenizer()
     if tokenizer_fingerprint(tokenizer) != packed.tokenizer_fingerprint:
         raise KalmaGroveError(f"the content of {packed.folder / 'tokenizer.json'} changed; {_REMEDY}")
-    found = {"vocab_size": _vocab_size(tokenizer), "end_of_text_id": end_of_text_id(tokenizer)}
+    found = {"vocab_size": vocabulary_size(tokenizer), "end_of_text_id": end_of_text_id(tokenizer)}
     for name, value in found.items():
         if getattr(packed, name) != value:
             raise KalmaGroveError(
@@ -451,10 +452,6 @@ def _largest_token(path: Path, dtype: np.dtype[Any]) -> int:
         while len(part := np.fromfile(file, dtype=dtype, count=_BATCH_CHARACTERS)):
             largest = max(largest, int(part.max()))
     return largest
-
-
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

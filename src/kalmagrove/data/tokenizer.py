@@ -141,6 +141,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, *, context_length: int | 
     write_json_atomic(folder / "tokenizer_config.json", config)
 
 
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """One more than the largest token, the added ones among them."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int:
     """The token that stands after each document.
 
