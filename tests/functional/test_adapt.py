@@ -124,6 +124,10 @@ def test_a_stopped_adaptation_ends_at_the_same_bits(
     assert losses[0] == losses[1]
     code, _, error = answer(capsys, *words, "cut")
     assert code == 0 and "complete already" in error
+    result = json.loads(Path("cut/result.json").read_text())
+    Path("cut/result.json").write_text(json.dumps({name: result[name] for name in result if name != "base"}))
+    code, _, error = answer(capsys, *words, "cut")
+    assert code == 1 and "not an adaptor's result" in error
 
 
 @pytest.mark.parametrize("base", ["kalmagrove"], indirect=True)

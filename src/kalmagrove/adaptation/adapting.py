@@ -9,9 +9,9 @@ from typing import Any
 from kalmagrove.adaptation.config import AdaptConfig
 from kalmagrove.adaptation.run import AdaptorRun, AdaptorSession
 from kalmagrove.data.packing import PackedText
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.evaluation.perplexity import Scores
-from kalmagrove.training.environment import peak_memory_bytes
-from kalmagrove.training.trainer import describe_device, run_to_the_end, score_split
+from kalmagrove.training.trainer import complete, describe_device, require_scores, score_split
 
 
 def adapt(config: AdaptConfig, data: PackedText, folder: Path, *, say: Callable[[str], None]) -> dict[str, Any]:
@@ -29,21 +29,13 @@ def adapt(config: AdaptConfig, data: PackedText, folder: Path, *, say: Callable[
         KalmaGroveError: The folder belongs to another run, the base has changed, or the data does not fit.
     """
     session = AdaptorSession(config, data, folder, warn=lambda line: say(f"passed over {line}"))
-    try:
-        done = session.folder.read_result()
-        if done is not None:
-            say(f"{folder} is complete already; choose another folder or name for a new adaptor")
-            return done
-        for line in describe(session.run):
-            say(line)
-        if session.resumed_from:
-            say(f"going on from step {session.resumed_from}")
-        run_to_the_end(session)
-        # Training is saved by now: an evaluation that fails loses nothing.
-        session.finish(scores_of(session.run) | {"peak_memory_bytes": peak_memory_bytes(session.run.device)})
-        return session.folder.read_result() or {}
-    finally:
-        session.close()
+    run = session.run
+    result = complete(session, describe=lambda: describe(run), evaluate=lambda: scores_of(run), say=say)
+    base, parameters = result.get("base"), result.get("parameters")
+    if not isinstance(base, dict) or not isinstance(parameters, dict) or "trained" not in parameters:
+        raise KalmaGroveError(f"{session.folder.result_path} is not an adaptor's result; delete it and run again")
+    require_scores(result | base, session.folder.result_path)
+    return result
 
 
 def describe(run: AdaptorRun) -> list[str]:

@@ -48,25 +48,53 @@ def train(
         KalmaGroveError: The folder belongs to another run, or the data does not fit.
     """
     session = TrainingSession(config, data, folder, world=world, warn=lambda line: say(f"passed over {line}"))
+
+    def evaluate() -> dict[str, Any]:
+        result = evaluate_run(session.run, ("valid", "test"))
+        for line in describe_optimum(result["test"]):
+            say(line)
+        return result
+
+    return complete(session, describe=lambda: describe_run(session.run), evaluate=evaluate, say=say)
+
+
+def complete(
+    session: TrainingSession,
+    *,
+    describe: Callable[[], list[str]],
+    evaluate: Callable[[], dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """All that is left of a run; returns what ``result.json`` holds, and closes the session.
+
+    Args:
+        session: The run in its folder.
+        describe: Lines about what is about to be trained.
+        evaluate: The scores of what was trained.
+        say: Told what a person wants to know, a line at a time.
+
+    Raises:
+        Interrupted: A signal came; the state was saved.
+        ProcessLost: Another process is gone; where the parameters were whole, the state was saved.
+        TrainingDiverged: The loss is not a number.
+        KalmaGroveError: The folder holds a result without scores.
+    """
+    folder = session.folder
     try:
-        done = session.folder.read_result()
+        done = folder.read_result()
         if done is not None:
-            _require_scores(done, session.folder.result_path)
-            say(f"{folder} is complete already; choose another folder for a new run")
+            require_scores(done, folder.result_path)
+            say(f"{folder.path} is complete already; choose another folder for a new run")
             return done
-        for line in describe_run(session.run):
+        for line in describe():
             say(line)
         if session.resumed_from:
             say(f"going on from step {session.resumed_from}")
         run_to_the_end(session)
         # Training is saved by now: an evaluation that fails loses nothing.
-        result = evaluate_run(session.run, ("valid", "test")) | {
-            "peak_memory_bytes": peak_memory_bytes(session.run.device)
-        }
+        result = evaluate() | {"peak_memory_bytes": peak_memory_bytes(session.run.device)}
         session.finish(result)
-        for line in describe_optimum(result["test"]):
-            say(line)
-        return session.folder.read_result() or result
+        return folder.read_result() or result
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
@@ -75,8 +103,12 @@ def train(
         session.close()
 
 
-def _require_scores(result: dict[str, Any], path: Path) -> None:
-    """What is shown of a result must be in it."""
+def require_scores(result: dict[str, Any], path: Path) -> None:
+    """That a result has what is shown of it.
+
+    Raises:
+        KalmaGroveError: It has not.
+    """
     test = result.get("test")
     shown = [result.get("tokens"), result.get("seconds")]
     # A perplexity that is too large for a number is null.
