@@ -6,7 +6,7 @@ from types import FrameType
 import pytest
 
 from kalmagrove.training import signals
-from kalmagrove.training.signals import StopRequest
+from kalmagrove.training.signals import STOP_SIGNALS, StopRequest
 
 
 def test_the_first_signal_is_remembered_and_one_that_comes_later_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,3 +32,15 @@ def test_the_first_signal_is_remembered_and_one_that_comes_later_ends_at_once(mo
         assert signal.getsignal(signal.SIGTERM) is remember
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_request_that_outlives_its_context_still_holds_the_first_signal_back() -> None:
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        with StopRequest() as stop:
+            stop.outlive()
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -41,6 +41,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._came_at = 0.0
+        self._outlives = False
         self._previous: dict[int, Any] = {}
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
@@ -59,7 +60,12 @@ class StopRequest:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._restore()
+        if not self._outlives:
+            self._restore()
+
+    def outlive(self) -> None:
+        """Goes on after the context: the one signal that a launcher sends must not cut a process's last words."""
+        self._outlives = True
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -160,7 +160,8 @@ def run_to_the_end(session: TrainingSession) -> None:
             except RuntimeError as error:
                 if not is_lost_connection(error):
                     raise
-                # The signal by which a launcher ends the processes that are left must not end this.
+                # The signal by which a launcher ends the processes that are left must not end this, nor what it says.
+                stop.outlive()
                 raise _process_lost(session, _save_alone(session)) from error
             progress.update(run.step, result.loss, run.config.loop.tokens_per_step / result.seconds)
             if number and not run.done:
