@@ -4,11 +4,12 @@
     python benchmarks/attack.py --texts texts/ --settings usual "four times the tokens" --seeds 0 1 2
 
 Each setting trains llama with AdamW and with Kalma, and slim and kalmagrove with Kalma; the learning rate of each is
-tuned on the first seed with full runs, x1, x2 and x4 and up to four further while the best is at the edge, and then
-that of its embeddings, head and vectors alone, x0.25, x1 and x4 of it and further likewise. The test split is read in
-the runs at the chosen rates alone. --texts is a folder with one for each text (textbooks, technical, biomedical,
+tuned on the first seed with full runs. In the usual setting x1, x2 and x4 are tried and up to four further while the
+best is at the edge, and then that of embeddings, head and vectors alone, x0.25, x1 and x4 of it and further likewise;
+in each other setting half, once and twice the rates that were best there, and further likewise. The test split is read
+in the runs at the chosen rates alone. --texts is a folder with one for each text (textbooks, technical, biomedical,
 shakespeare). A run leaves one JSON file and its weights under --out, named by its text and all of its options, and is
-not repeated: leave the package as it is meanwhile. All of it takes about three hours on two slow cores with the default
+not repeated: leave the package as it is meanwhile. All of it takes about two hours on two slow cores with the default
 size.
 """
 
@@ -62,7 +63,7 @@ MODELS: dict[str, tuple[str, OptimizerName]] = {
 """Family and optimiser by the name in the table."""
 RIVALS = ("llama", "llama+kalma", "slim")
 VOCABULARY = 512
-FIRST_RATES = (1.0, 2.0, 4.0)
+FIRST_RATES, NEAR_RATES = (1.0, 2.0, 4.0), (0.5, 1.0, 2.0)
 FIRST_AUXILIARY_RATES, AUXILIARY_STEP = (0.25, 1.0, 4.0), 4.0
 TAIL_PART, TAIL_SAMPLES = 0.2, 20
 """The last part of a run over which a baseline's weights are averaged, and of how many steps in it."""
@@ -251,12 +252,24 @@ def describe(record: Record) -> str:
     return f"{record['setting']}: {record['model']} {shown_rates(rates)} seed {record['seed']}: {loss}"
 
 
-def tuned_rates(run_all: Callable[[list[Job]], list[Record]], base: Job) -> tuple[dict[str, Rates], set[str]]:
-    """The best rates of each model in a setting: of all together first, then of embeddings, head and vectors alone.
+RunAll = Callable[[list[Job]], list[Record]]
 
-    Returns:
-        The rates; and the models of which one is still at the edge of what was tried.
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was chosen in a setting.
+
+    Attributes:
+        rates: The best of each model.
+        at_edge: The models of which a best rate is still at the edge of what was tried.
     """
+
+    rates: dict[str, Rates]
+    at_edge: set[str]
+
+
+def tune_usual(run_all: RunAll, base: Job) -> Tuning:
+    """The best rates of each model: of all together first, then of embeddings, head and vectors alone."""
 
     def trial(model: str, scale: float, auxiliary: float = 1.0) -> Job:
         return replace(base, model=model, rates=Rates(scale, auxiliary))
@@ -265,7 +278,21 @@ def tuned_rates(run_all: Callable[[list[Job]], list[Record]], base: Job) -> tupl
     trials = {model: partial(trial, model, scale.factor) for model, scale in scales.items()}
     auxiliary = tune(run_all, trials, valid_loss, FIRST_AUXILIARY_RATES, step=AUXILIARY_STEP)
     rates = {model: Rates(scales[model].factor, auxiliary[model].factor) for model in MODELS}
-    return rates, {model for model in MODELS if scales[model].is_at_edge or auxiliary[model].is_at_edge}
+    return Tuning(rates, {model for model in MODELS if scales[model].is_at_edge or auxiliary[model].is_at_edge})
+
+
+def tune_near(run_all: RunAll, base: Job, usual: Tuning) -> Tuning:
+    """The best rates around the usual setting's; of the models that do what they usually do, those."""
+
+    def trial(model: str, factor: float) -> Job:
+        near = usual.rates[model]
+        return replace(base, model=model, rates=Rates(near.scale * factor, near.auxiliary))
+
+    models = ["llama"] if base.setting.is_of_llama else list(MODELS)
+    scales = tune(run_all, {model: partial(trial, model) for model in models}, valid_loss, NEAR_RATES)
+    rates = usual.rates | {model: trial(model, scale.factor).rates for model, scale in scales.items()}
+    kept = usual.at_edge - set(models)
+    return Tuning(rates, kept | {model for model, scale in scales.items() if scale.is_at_edge})
 
 
 def shown_rates(rates: Rates) -> str:
@@ -278,7 +305,7 @@ def valid_loss(record: Record) -> float:
     return math.inf if record["valid"] is None else float(record["valid"]["loss"])
 
 
-def row(setting: Setting, rates: dict[str, Rates], at_edge: set[str], records: list[Record]) -> str:
+def row(setting: Setting, tuning: Tuning, records: list[Record]) -> str:
     """A line of the table."""
     own = {model: [record for record in records if record["model"] == model] for model in MODELS}
     scores = {
@@ -291,7 +318,7 @@ def row(setting: Setting, rates: dict[str, Rates], at_edge: set[str], records: l
         else shown(ratio_interval(scores["kalmagrove"], scores[rival]))
         for rival in RIVALS
     ]
-    chosen = ", ".join(shown_rates(rates[model]) + ("*" if model in at_edge else "") for model in MODELS)
+    chosen = ", ".join(shown_rates(tuning.rates[model]) + "*" * (model in tuning.at_edge) for model in MODELS)
     lost = {model: len(found) - len(scores[model]) for model, found in own.items()}
     lost_text = "".join(f" ({count} of {model} diverged)" for model, count in lost.items() if count)
     mean = mean_interval(list(scores["llama"].values())).mean if scores["llama"] else math.inf
@@ -317,10 +344,11 @@ def page(rows: list[str], records: list[Record], options: argparse.Namespace) ->
             f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
             "kalmagrove with Kalma against llama with AdamW, and llama and slim with Kalma, all of size "
-            f"`{options.size}` and tuned in each setting: x1, x2, x4 of their usual rates and up to four further while "
-            "the best was at the edge, then that of embeddings, head and vectors alone, x0.25, x1, x4 and further "
-            "likewise (* where a best one is at the edge still); ratios of test perplexity, paired by seed. All of it "
-            "is **screening**: fewer than 20 training tokens a parameter of llama. Vocabularies of "
+            f"`{options.size}` and tuned in each setting on the first seed: in `{USUAL.name}` x1, x2, x4 of the preset's "
+            "rates and up to four further while the best was at the edge, then that of embeddings, head and vectors "
+            "alone, x0.25, x1, x4 and further likewise; in the others half, once and twice what was best there, and "
+            "further likewise (* where a best one is at the edge still). Ratios of test perplexity, paired by seed. "
+            "All of it is **screening**: fewer than 20 training tokens a parameter of llama. Vocabularies of "
             f"{VOCABULARY}. What is not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, "
             f"{USUAL.batch_size} x {USUAL.context_length} a step. What stands behind `baseline:` is of llama with "
             f"AdamW alone, so that the other columns stay as usual. Shapes: {'; '.join(shapes)}. A tail average is the "
@@ -351,6 +379,12 @@ def data_of(setting: Setting, options: argparse.Namespace) -> PackedText:
     return data
 
 
+def first_job(setting: Setting, data: PackedText, options: argparse.Namespace) -> Job:
+    """A job of a setting, from which the others differ by model, rates and seed."""
+    seed = options.seeds[0]
+    return Job(setting, "llama", Rates(1.0), seed, options.size, data.folder, data.fingerprint, options.out)
+
+
 def main() -> None:
     """Runs what is missing and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -364,23 +398,21 @@ def main() -> None:
     options = parser.parse_args()
     settings = [setting for setting in SETTINGS if setting.name in options.settings]
     # Before hours of training, what is missing is named.
-    texts = {setting.name: data_of(setting, options) for setting in settings}
+    texts = {setting.name: data_of(setting, options) for setting in [USUAL, *settings]}
     rows, records = [], []
     with workers(run_job, describe, options.workers) as run_all:
+        usual = tune_usual(run_all, first_job(USUAL, texts[USUAL.name], options))
         for setting in settings:
-            data = texts[setting.name]
-            base = Job(
-                setting, "llama", Rates(1.0), options.seeds[0], options.size, data.folder, data.fingerprint, options.out
-            )
-            rates, at_edge = tuned_rates(run_all, base)
+            base = first_job(setting, texts[setting.name], options)
+            tuning = usual if setting == USUAL else tune_near(run_all, base, usual)
             finals = [
-                replace(base, model=m, rates=rates[m], seed=seed, is_final=True)
+                replace(base, model=m, rates=tuning.rates[m], seed=seed, is_final=True)
                 for seed in options.seeds
                 for m in MODELS
             ]
             found = run_all(finals)
             records += found
-            rows.append(row(setting, rates, at_edge, found))
+            rows.append(row(setting, tuning, found))
             print(rows[-1], flush=True)
     text = page(rows, records, options)
     print(text)
