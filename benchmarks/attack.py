@@ -344,16 +344,16 @@ def page(rows: list[str], records: list[Record], options: argparse.Namespace) ->
             f"    python benchmarks/attack.py {shlex.join(words)}",
             "",
             "kalmagrove with Kalma against llama with AdamW, and llama and slim with Kalma, all of size "
-            f"`{options.size}` and tuned in each setting on the first seed: in `{USUAL.name}` x1, x2, x4 of the preset's "
-            "rates and up to four further while the best was at the edge, then that of embeddings, head and vectors "
-            "alone, x0.25, x1, x4 and further likewise; in the others half, once and twice what was best there, and "
-            "further likewise (* where a best one is at the edge still). Ratios of test perplexity, paired by seed. "
-            "All of it is **screening**: fewer than 20 training tokens a parameter of llama. Vocabularies of "
-            f"{VOCABULARY}. What is not said is as in the first row: {USUAL.tokens} tokens of {USUAL.text}, "
-            f"{USUAL.batch_size} x {USUAL.context_length} a step. What stands behind `baseline:` is of llama with "
-            f"AdamW alone, so that the other columns stay as usual. Shapes: {'; '.join(shapes)}. A tail average is the "
-            f"mean of the weights after {TAIL_SAMPLES} steps over the last {TAIL_PART:.0%}. {'; '.join(machines)}, one "
-            f"thread a run; the package's source: {', '.join(sources)}.",
+            f"`{options.size}` and tuned in each setting on the first seed: in `{USUAL.name}` x1, x2, x4 of the "
+            "preset's rates and up to four further while the best was at the edge, then that of embeddings, head "
+            "and vectors alone, x0.25, x1, x4 and further likewise; in the others half, once and twice what was "
+            "best there, and further likewise (* where a best one is at the edge still). Ratios of test "
+            "perplexity, paired by seed. All of it is **screening**: fewer than 20 training tokens a parameter of"
+            f" llama. Vocabularies of {VOCABULARY}. What is not said is as in the first row: {USUAL.tokens} tokens"
+            f" of {USUAL.text}, {USUAL.batch_size} x {USUAL.context_length} a step. What stands behind `baseline:`"
+            f" is of llama with AdamW alone, so that the other columns stay as usual. Shapes: {'; '.join(shapes)}."
+            f" A tail average is the mean of the weights after {TAIL_SAMPLES} steps over the last {TAIL_PART:.0%}."
+            f" {'; '.join(machines)}, one thread a run; the package's source: {', '.join(sources)}.",
             "",
             "| setting | tokens | a parameter | llama's perplexity | "
             + " | ".join(f"against {rival} (95 %)" for rival in RIVALS)
