@@ -130,7 +130,7 @@ def make_results() -> Callable[..., Record]:
         ours: tuple[float | None, ...] = (27.0,),
         llama: tuple[float | None, ...] = (30.0,),
         *,
-        time_ratios: tuple[float, ...] = (0.5, 0.6, 0.7),
+        time_ratios: tuple[float, ...] = (0.5, 0.55, 0.6, 0.65, 0.7),
         others: dict[str, tuple[float, ...]] | None = None,
     ) -> Record:
         def model(name: str, parameters: int, perplexities: tuple[float | None, ...]) -> Record:

@@ -22,12 +22,14 @@ from kalmagrove.reproduction.evidence import (
     Evidence,
     Study,
     TrainedRates,
+    load_evidence,
     read_other_text,
     tokens_to_reach,
     trained_rates,
 )
 from kalmagrove.reproduction.headline import headline
-from kalmagrove.reproduction.origin import PLAN, read_origin
+from kalmagrove.reproduction.origin import PLAN, keep_evidence, read_origin
+from kalmagrove.reproduction.page import write_page
 from kalmagrove.reproduction.pairs import PAPER, doubts_about, pairs_of
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
 from kalmagrove.training.run import TrainingRun
@@ -128,7 +130,8 @@ def make_study(make_results: Callable[..., dict[str, Any]], name: str, **options
     trials, tokens, lost = options.pop("trials", 3), options.pop("tokens", 60_000), options.pop("lost", ())
     epochs, edge = options.pop("epochs", 1.0), options.pop("edge", False)
     record = make_results(others={"slim-nano": options.pop("slim", (29.0, 29.1, 29.2))}, **options)
-    record["trials"], record["budget"]["tokens"], record["budget"]["epochs"] = trials, tokens, epochs
+    record["trials"], record["trial_tokens"] = trials, tokens
+    record["budget"]["tokens"], record["budget"]["epochs"] = tokens, epochs
     if edge:
         record["models"][0]["lr_trials"] = [{"lr_scale": n, "valid_loss": 4.0 - n} for n in (0.5, 1.0, 2.0)]
     for run in (run for run in record["models"][-1]["runs"] if run["seed"] in lost):
@@ -182,14 +185,14 @@ def test_what_speaks_against_a_headline_holds_it_back(
 def test_a_part_needs_all_its_measurements(make_results: Callable[..., dict[str, Any]]) -> None:
     def with_part(name: str, **options: Any) -> Study:
         record = make_results(**GOOD | options)
-        record["trials"], record["budget"]["tokens"] = 3, 60_000
+        record["trials"], record["trial_tokens"], record["budget"]["tokens"] = 3, 60_000, 60_000
         text = json.dumps(record).replace('"ours"', '"llama-nano+arnold"').replace('"llama"', '"llama-nano"')
         return Study(name, Results.from_dict(json.loads(text.replace('"kalma"', '"adamw"'))), {})
 
     both = with_part("base"), with_part("long_context")
     assert claims_of(*both)["C8"].verdict == "supported"
     assert claims_of(both[0])["C8"].verdict == "undecided"
-    slower = with_part("long_context", time_ratios=(1.2, 1.3, 1.4))
+    slower = with_part("long_context", time_ratios=(1.2, 1.2, 1.3, 1.3, 1.4))
     assert claims_of(both[0], slower)["C8"].verdict == "not supported"
 
 
@@ -201,7 +204,7 @@ def test_a_claim_of_several_parts_needs_them_all() -> None:
 
 
 def test_what_one_pair_refutes_is_not_supported(make_results: Callable[..., dict[str, Any]]) -> None:
-    worse = {"ours": GOOD["llama"], "llama": GOOD["ours"], "time_ratios": (1.1, 1.2, 1.3)}
+    worse = {"ours": GOOD["llama"], "llama": GOOD["ours"], "time_ratios": (1.1, 1.2, 1.2, 1.2, 1.3)}
     studies = [make_study(make_results, "base", **GOOD), make_study(make_results, "large", **worse)]
     found = claims_of(*studies)
     assert found["C2"].verdict == found["C3"].verdict == "not supported"
@@ -240,11 +243,11 @@ def stability(make_results: Callable[..., dict[str, Any]], ours: list[float], th
 
 
 def stability_record(
-    make_results: Callable[..., dict[str, Any]], ours: list[float], theirs: list[float]
+    make_results: Callable[..., dict[str, Any]], our_rates: list[float], their_rates: list[float], **options: Any
 ) -> dict[str, Any]:
-    record = make_results(**GOOD)
-    record["trials"], record["budget"]["tokens"] = 3, 60_000
-    for model, losses in zip(record["models"], (theirs, ours), strict=True):
+    record = make_results(**GOOD | options)
+    record["trials"], record["trial_tokens"], record["budget"]["tokens"] = 3, 60_000, 60_000
+    for model, losses in zip(record["models"], (their_rates, our_rates), strict=True):
         model["lr_trials"] = [{"lr_scale": 2.0 ** (n - 2), "valid_loss": loss} for n, loss in enumerate(losses)]
         for run in model["runs"]:
             run["spikes"] = 0.0
@@ -263,6 +266,32 @@ def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results:
     assert stability(make_results, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [
+        # One run of three is what chance gives.
+        ((), (0,), "undecided"),
+        ((), (0, 1, 2, 3), "supported"),
+        ((0, 1, 2, 3), (), "not supported"),
+    ],
+)
+def test_runs_that_diverged_count_where_chance_does_not_explain_them(
+    ours: tuple[int, ...], theirs: tuple[int, ...], verdict: str, make_results: Callable[..., dict[str, Any]]
+) -> None:
+    rates = [4.0, 3.05, 3.0, 3.05, 4.0]
+    record = stability_record(make_results, rates, rates, ours=(27.0,) * 4, llama=(30.0,) * 4)
+    for model, lost in zip(record["models"], (theirs, ours), strict=True):
+        for seed in lost:
+            model["runs"][seed].update(diverged=True, valid=None, test=None)
+    assert claims_of(Study("base", Results.from_dict(record), {}))["C6"].verdict == verdict
+
+
+def test_one_seed_says_nothing_about_stability(make_results: Callable[..., dict[str, Any]]) -> None:
+    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
+    record = stability_record(make_results, wide, narrow, ours=(27.0,), llama=(30.0,))
+    assert claims_of(Study("base", Results.from_dict(record), {}))["C6"].verdict == "undecided"
+
+
 def test_stability_is_read_where_most_rates_were_tried(make_results: Callable[..., dict[str, Any]]) -> None:
     wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
     record = stability_record(make_results, [3.05, 3.0, 3.05], [3.5, 3.0, 3.5])
@@ -278,15 +307,15 @@ def test_stability_is_read_where_most_rates_were_tried(make_results: Callable[..
 
 def test_rates_that_were_tuned_in_shorter_runs_alone_are_doubted(make_results: Callable[..., dict[str, Any]]) -> None:
     record = make_results(**GOOD)
-    record["trials"], record["budget"]["tokens"] = 3, 60_000
+    record["trials"], record["trial_tokens"], record["budget"]["tokens"] = 3, 60_000, 60_000
 
     def doubts() -> list[str]:
         study = Study("base", Results.from_dict(record), {})
         return doubts_about(study, *reversed(study.results.models))
 
     assert doubts() == []
-    record["trial_tokens"] = 60_000
-    assert doubts() == []
+    record["trial_tokens"] = None
+    assert doubts() == ["the length of the trials was not written down"]
     record["trial_tokens"] = 15_000
     assert doubts() == ["learning rates tuned over 25% of the length alone"]
     trials = [{"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.1), (1.0, 3.0), (2.0, 3.1))]
@@ -297,7 +326,7 @@ def test_rates_that_were_tuned_in_shorter_runs_alone_are_doubted(make_results: C
 def with_curves(make_results: Callable[..., dict[str, Any]], last: list[float], **options: Any) -> dict[str, Any]:
     """Ours ends at these validation losses, seed by seed, where llama ends at 3."""
     record = make_results(**GOOD | options)
-    record["trials"], record["budget"]["tokens"] = 3, 60_000
+    record["trials"], record["trial_tokens"], record["budget"]["tokens"] = 3, 60_000, 60_000
     for model in record["models"]:
         for run, loss in zip(model["runs"], last, strict=True):
             run["valid_curve"] = {"tokens": [100, 200], "loss": [4.0, 3.0 if model["name"] == "llama" else loss]}
@@ -307,11 +336,11 @@ def with_curves(make_results: Callable[..., dict[str, Any]], last: list[float], 
 @pytest.mark.parametrize(
     ("last", "flops", "ratios", "verdict"),
     [
-        ([2.8, 2.81, 2.82], 0.5, (0.5, 0.6, 0.7), "supported"),
+        ([2.8, 2.81, 2.82], 0.5, (0.5, 0.6, 0.6, 0.6, 0.7), "supported"),
         # It cost less than the rival's run and did not come down: what it would have cost, nobody saw.
-        ([3.1, 3.1, 3.1], 0.5, (0.5, 0.6, 0.7), "undecided"),
-        ([3.1, 2.8, 2.8], 1.2, (0.5, 0.6, 0.7), "undecided"),
-        ([3.1, 3.1, 3.1], 0.5, (1.1, 1.2, 1.3), "not supported"),
+        ([3.1, 3.1, 3.1], 0.5, (0.5, 0.6, 0.6, 0.6, 0.7), "undecided"),
+        ([3.1, 2.8, 2.8], 1.2, (0.5, 0.6, 0.6, 0.6, 0.7), "undecided"),
+        ([3.1, 3.1, 3.1], 0.5, (1.1, 1.2, 1.2, 1.2, 1.3), "not supported"),
     ],
 )
 def test_a_loss_that_was_not_reached_bounds_its_price(
@@ -326,6 +355,97 @@ def test_a_loss_that_was_not_reached_bounds_its_price(
     text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
     studies = [Study(name, Results.from_dict(json.loads(text)), {}) for name in PAPER]
     assert claims_of(*studies)["C14"].verdict == verdict
+
+
+def test_one_seed_refutes_no_price(make_results: Callable[..., dict[str, Any]]) -> None:
+    record = with_curves(make_results, [3.1], ours=(27.0,), llama=(30.0,), time_ratios=(1.1, 1.2, 1.2, 1.2, 1.3))
+    text = json.dumps(record)
+    ours = text.replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
+    studies = [Study(name, Results.from_dict(json.loads(ours)), {}) for name in PAPER]
+    assert claims_of(*studies)["C14"].verdict == "undecided"
+    kalma = json.loads(text.replace('"ours"', '"llama-nano+kalma"').replace('"llama"', '"llama-nano"'))
+    kalma["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
+    assert claims_of(Study("base", Results.from_dict(kalma), {}))["C5"].verdict == "undecided"
+
+
+def test_seconds_are_as_uncertain_as_the_times_of_steps(make_results: Callable[..., dict[str, Any]]) -> None:
+    def answers(ratios: tuple[float, ...]) -> dict[str, Answer]:
+        record = with_curves(make_results, [2.8, 2.81, 2.82], time_ratios=ratios)
+        record["models"][-1]["flops_per_token"] = record["models"][0]["flops_per_token"] // 2
+        text = json.dumps(record).replace('"ours"', '"kalmagrove-nano"').replace('"llama"', '"llama-nano"')
+        return claims_of(*(Study(name, Results.from_dict(json.loads(text)), {}) for name in PAPER))
+
+    assert answers((0.6, 0.7, 0.8, 0.9, 0.95))["C14"].verdict == "supported"
+    wide = answers((0.6, 0.8, 0.95, 1.0, 1.3, 1.5))
+    assert wide["C2"].verdict == wide["C14"].verdict == "undecided"
+    # So few times are no measurement of their spread.
+    few = answers((0.6, 0.7))
+    assert few["C2"].verdict == few["C14"].verdict == "undecided"
+
+
+def test_a_model_that_always_diverged_is_not_better(make_results: Callable[..., dict[str, Any]]) -> None:
+    for seeds, verdict in ((3, "not supported"), (2, "undecided")):
+        options = {"ours": (27.0,) * seeds, "llama": (30.0,) * seeds, "slim": (29.0,) * seeds, "lost": range(seeds)}
+        found = claims_of(*(make_study(make_results, name, **options) for name in PAPER))
+        assert found["C3"].verdict == found["C4"].verdict == verdict
+
+
+def test_a_loss_that_cannot_be_reckoned_with_is_a_lost_seed(make_results: Callable[..., dict[str, Any]]) -> None:
+    ours = (27.0, 27.1, 27.2, 1e70)
+    studies = [make_study(make_results, n, ours=ours, llama=(30.0, 30.1, 30.3, 30.2)) for n in PAPER]
+    answer = claims_of(*studies)["C3"]
+    assert answer.verdict == "undecided" and "diverged with seed 3" in answer.reason
+
+
+def test_without_a_plain_transformer_nothing_is_measured(make_results: Callable[..., dict[str, Any]]) -> None:
+    record = make_study(make_results, "base", **GOOD).results.to_dict()
+    text = json.dumps(record).replace('"llama-nano"', '"slim-mini"')
+    found = claims_of(*(Study(name, Results.from_dict(json.loads(text)), {}) for name in PAPER))
+    assert {found[name].verdict for name in ("C1", "C2", "C3", "C14")} == {"not measured"}
+
+
+def test_a_note_is_shown_and_kept(make_results: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "results.json").write_text(
+        json.dumps(make_study(make_results, "base", **GOOD).results.to_dict())
+    )
+    (tmp_path / "base" / "note.md").write_text("Seed 2 was added later.\n")
+    (tmp_path / PLAN).write_text(json.dumps({"scale": "own", "data": {"base": "book.txt"}}))
+    kept = tmp_path / "kept"
+    keep_evidence(tmp_path, kept)
+    write_page(read_origin(kept), load_evidence(kept), tmp_path)
+    assert "\n\nSeed 2 was added later.\n\n" in (tmp_path / "claims.md").read_text()
+    (kept / "base" / "note.md").write_bytes(b"\xff")
+    with pytest.raises(KalmaGroveError, match=r"note\.md cannot be read as text in UTF-8"):
+        load_evidence(kept)
+
+
+def ladder_laws(**changes: Any) -> dict[str, Any]:
+    """Laws of which one is steeper for sure."""
+    steeper = {"difference": 0.1, "interval": [0.05, 0.15], "verdict": "larger"}
+    alike = {"difference": 0.0, "interval": [-0.01, 0.01], "verdict": "undecided"}
+    law = {"constants": {"alpha": 0.3}, "intervals": {"alpha": [0.2, 0.4]}, "warnings": []}
+    families = {name: {"laws": {"power": law}} for name in ("kalmagrove", "llama+adamw")}
+    pair = {"kalmagrove - llama+adamw": {"power": {"alpha": steeper, "beta": alike}}}
+    return {"families": families, "differences": pair, "left_out": []} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "doubt"),
+    [
+        ({"left_out": ["row 7: it has no loss"]}, "left out: row 7"),
+        ({"tuning": [{"family": "llama+adamw", "trials": [], "at_the_edge": False}]}, "of llama+adamw not tuned"),
+        (
+            {"tuning": [{"family": "llama+adamw", "trials": [{"size": 1}], "at_the_edge": True}]},
+            "the best learning rate of llama+adamw is at the edge",
+        ),
+    ],
+)
+def test_what_speaks_against_a_law_holds_it_back(changes: dict[str, Any], doubt: str) -> None:
+    sure = {a.name: a for a in answer_claims(Evidence({}, ladder_laws(), None))}
+    assert sure["C10"].verdict == sure["C11"].verdict == "supported"
+    found = {a.name: a for a in answer_claims(Evidence({}, ladder_laws(**changes), None))}
+    assert found["C10"].verdict == found["C11"].verdict == "undecided" and doubt in found["C10"].ours
 
 
 def test_steps_that_one_seed_lacks_decide_nothing(make_results: Callable[..., dict[str, Any]]) -> None:
@@ -357,7 +477,7 @@ def test_the_headline_names_every_control_and_how_sure_it_is(make_results: Calla
 def test_the_rank_is_judged_by_runs_of_its_own(make_results: Callable[..., dict[str, Any]]) -> None:
     def laws(low: float) -> dict[str, Any]:
         law = {"constants": {"gamma": low}, "intervals": {"gamma": [low, low + 0.1]}, "warnings": []}
-        return {"families": {"kalmagrove": {"laws": {"power": law}}}, "differences": {}}
+        return {"families": {"kalmagrove": {"laws": {"power": law}}}, "differences": {}, "left_out": []}
 
     studies = {"base": make_study(make_results, "base", **GOOD)}
     for rank_laws, verdict in ((laws(0.1), "supported"), (laws(-0.2), "not supported")):

@@ -172,7 +172,8 @@ def test_a_data_exponent_just_outside_the_tolerance_decides_nothing() -> None:
         found = {"difference": (low + high) / 2, "interval": [low, high], "verdict": "larger"}
         laws = {"power": {"alpha": found, "beta": found}}
         families = {name: {"laws": {"power": {"constants": {}, "warnings": []}}} for name in ("ours", "llama")}
-        return scaling_claims({"differences": {"ours - llama": laws}, "families": families})["ours - llama"][1].verdict
+        summary = {"differences": {"ours - llama": laws}, "families": families, "left_out": []}
+        return scaling_claims(summary)["ours - llama"][1].verdict
 
     assert verdict(0.02, 0.04) == "supported"
     assert verdict(0.02, 0.08) == "undecided"

@@ -42,11 +42,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Spread:
-    """The middle of many values: their median, and the 10 % and 90 % quantiles."""
+    """The middle of many values: their median, the 10 % and 90 % quantiles, and how many they are."""
 
     median: float
     low: float
     high: float
+    n: int
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -92,7 +93,7 @@ def median_spread(ratios: Sequence[float]) -> Spread | None:
     if not ratios:
         return None
     ordered = sorted(ratios)
-    return Spread(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9))
+    return Spread(_quantile(ordered, 0.5), _quantile(ordered, 0.1), _quantile(ordered, 0.9), len(ordered))
 
 
 def _quantile(ordered: Sequence[float], part: float) -> float:

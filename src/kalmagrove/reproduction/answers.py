@@ -9,6 +9,8 @@ from typing import Literal
 from kalmagrove.report.statistics import Interval, Spread
 
 Verdict = Literal["supported", "not supported", "undecided", "not measured"]
+FEWEST_TIMES = 5
+"""Paired ratios of times below which their quantiles tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ def judge_below(values: Sequence[Interval | None], level: float = 1.0) -> Verdic
 
 
 def judge_times(spreads: Sequence[Spread | None]) -> Verdict:
-    """Whether paired ratios of times are below one, from their 10 % to their 90 % quantile."""
+    """Whether paired ratios of times are below one, from their 10 % to their 90 % quantile; a few decide nothing."""
     verdicts: list[Verdict] = []
     for spread in spreads:
         if spread is None:
             verdicts.append("not measured")
+        elif spread.n < FEWEST_TIMES:
+            verdicts.append("undecided")
         elif spread.high < 1:
             verdicts.append("supported")
         else:

@@ -46,10 +46,7 @@ def _scaling(evidence: Evidence) -> list[Answer]:
             verdicts: set[Verdict] = {claim.verdict for _, claim in claims}
             verdict = verdicts.pop() if len(verdicts) == 1 else "undecided"
         ours = "; ".join(f"{subject}: {claim.verdict}, {claim.reason}" for subject, claim in claims)
-        reason = (
-            "every law and every baseline must agree, with 95 % intervals by bootstrap over runs and seeds; learning "
-            "rates tuned at one size and length and carried to the others"
-        )
+        reason = "every law and every baseline must agree, with 95 % intervals by bootstrap over runs and seeds"
         answers.append(Answer(name, says, "alpha larger, beta about equal" if name != "C12" else "f(r)", ours or "-",
                               verdict, reason))  # fmt: skip
     return answers

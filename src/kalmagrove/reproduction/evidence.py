@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.files import read_json_object
 from kalmagrove.models.presets import split_parts, split_preset
 from kalmagrove.report.results import FILE_NAME, Model, Results, load_results
@@ -16,9 +17,9 @@ from kalmagrove.report.statistics import Spread, median_spread
 from kalmagrove.reproduction.plan import LADDER, STUDIES
 from kalmagrove.scaling.pages import FIT, LAW_FOLDER
 from kalmagrove.scaling.plan import read_fit
-from kalmagrove.training.config import default_optimizer
+from kalmagrove.training.config import default_optimizer, is_usual_transformer
 
-OTHER_TEXT = "other_text.json"
+OTHER_TEXT, NOTE = "other_text.json", "note.md"
 LAW, RANK_LAW = f"{LADDER}/{LAW_FOLDER}/{FIT}", f"{LADDER}/rank_{LAW_FOLDER}/{FIT}"
 """The ladder's laws; and where its ranks were trained in a sweep of their own, whose rates may differ, that one's."""
 
@@ -31,11 +32,13 @@ class Study:
         name: Of the study.
         results: What it has found so far.
         other_text: Word perplexity on the second text by model and seed; empty where it was not asked for.
+        note: What whoever ran the study has to say about how it came about, which the page shows; mostly nothing.
     """
 
     name: str
     results: Results
     other_text: Mapping[str, Mapping[int, float]]
+    note: str = ""
 
     def find(self, family: str, *parts: str, optim: str | None = None) -> Model | None:
         """The model of a family with these parts put into it; None where there is none.
@@ -52,6 +55,16 @@ class Study:
                 found.append(model)
         usual = [model for model in found if model.optim == default_optimizer(family)]
         return next(iter([*usual, *found]), None)
+
+    @property
+    def plain_transformers(self) -> list[Model]:
+        """The plain Transformers that are trained as is usual, of which the better one is the reference."""
+        return [model for model in self.results.models if is_usual_transformer(model.preset, model.optim)]
+
+    @property
+    def plain_transformer(self) -> Model | None:
+        """The reference; None where no plain Transformer was trained, so that something else stands in its place."""
+        return next((model for model in self.plain_transformers if model.name == self.results.baseline), None)
 
     def time_of(self, model: Model, reference: Model) -> Spread | None:
         """Ratios of step times that were measured in turns; None where they were not."""
@@ -101,7 +114,8 @@ def load_evidence(folder: Path) -> Evidence:
     studies = {}
     for name in STUDIES:
         if (folder / name / FILE_NAME).is_file():
-            studies[name] = Study(name, load_results(folder / name), _other_text(folder / name))
+            own = folder / name
+            studies[name] = Study(name, load_results(own), _other_text(own), read_note(own))
     laws, rank_laws = (read_fit(folder / law) if (folder / law).is_file() else None for law in (LAW, RANK_LAW))
     return Evidence(studies, laws, rank_laws or laws)
 
@@ -114,6 +128,20 @@ def read_other_text(folder: Path) -> dict[str, Any]:
     """
     path = folder / OTHER_TEXT
     return read_json_object(path, "remove it to score that text again") if path.is_file() else {}
+
+
+def read_note(folder: Path) -> str:
+    """What ``note.md`` of a comparison says; nothing without one.
+
+    Raises:
+        KalmaGroveError: It is not text in UTF-8.
+    """
+    try:
+        return (folder / NOTE).read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise KalmaGroveError(f"{folder / NOTE} cannot be read as text in UTF-8; mend or remove it") from error
 
 
 def _other_text(folder: Path) -> dict[str, dict[int, float]]:

@@ -11,7 +11,7 @@ from typing import Any
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import finite_or_null, read_json_object, write_json_atomic, write_text_atomic
 from kalmagrove.report.results import FILE_NAME, load_results
-from kalmagrove.reproduction.evidence import LAW, OTHER_TEXT, RANK_LAW, read_other_text
+from kalmagrove.reproduction.evidence import LAW, NOTE, OTHER_TEXT, RANK_LAW, read_note, read_other_text
 from kalmagrove.reproduction.plan import LADDER, STUDIES, Plan
 from kalmagrove.scaling.plan import read_fit
 
@@ -104,6 +104,8 @@ def keep_evidence(folder: Path, to: Path) -> None:
             _write_small(to / name / FILE_NAME, _without_curves(load_results(folder / name).to_dict()))
             if other := read_other_text(folder / name):
                 _write_small(to / name / OTHER_TEXT, other)
+            if note := read_note(folder / name):
+                write_text_atomic(to / name / NOTE, note + "\n")
     for law in (LAW, RANK_LAW):
         if (folder / law).is_file():
             (to / law).parent.mkdir(parents=True, exist_ok=True)

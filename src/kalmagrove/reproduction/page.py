@@ -16,7 +16,7 @@ from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
 from kalmagrove.reproduction.headline import headline
 from kalmagrove.reproduction.origin import Origin
-from kalmagrove.reproduction.pairs import PAPER, PaperRow, pairs_of, usual_transformers
+from kalmagrove.reproduction.pairs import PAPER, PaperRow, pairs_of
 from kalmagrove.reproduction.plan import LADDER, STUDIES
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
@@ -57,7 +57,8 @@ def _summary(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
         name for name in origin.studies if name not in evidence.studies and not (name == LADDER and evidence.laws)
     ]
     lines = [
-        "Targets are the package's own, the claims the paper's.",
+        "Targets are the package's own, the claims the paper's; ratios of parameters and of time meet a target as they "
+        "are shown, to two places.",
         f"Of fourteen claims: {counted}. Scale `{origin.scale}`, and no further than that.",
     ]
     if missing:
@@ -103,12 +104,12 @@ def _our_table(study: Study) -> str:
         *(_our_line(study, model, reference) for model in study.results.models),
     ]
     results = study.results
-    plain = [model.name for model in usual_transformers(results)]
+    plain = [model.name for model in study.plain_transformers]
     return "\n".join(lines) + (
         f"\n\nPerplexity of tokens of a vocabulary of {results.data.vocab_size:,}; time of a step, in turns in one "
         "process. The reference is the best on the validation split of the plain Transformers with their usual "
-        f"optimiser, of which there are: {', '.join(plain)}. {results.tokens_per_parameter:.2g} training tokens for "
-        f"each of its parameters, {results.budget.epochs:.2g} passes over the text."
+        f"optimiser, of which there are: {', '.join(plain) or 'none'}. {results.tokens_per_parameter:.2g} training "
+        f"tokens for each of its parameters, {results.budget.epochs:.2g} passes over the text."
     )
 
 
@@ -182,6 +183,7 @@ def _studies(origin: Origin, evidence: Evidence) -> list[str]:
             f"## {name}: {STUDIES[name]}",
             f"    {study.results.command}",
             f"{study.results.data.source}, vocabulary {study.results.data.vocab_size:,}. {machine}.",
+            study.note,
             to_markdown(build_table(study.results)),
         ]
     if evidence.laws is not None:
@@ -194,6 +196,7 @@ def _studies(origin: Origin, evidence: Evidence) -> list[str]:
 def _ladder(laws: Mapping[str, Any]) -> str:
     lines = [f"    {laws['command']}", ""] if "command" in laws else []
     lines += [f"{laws['runs']} runs; exponents of parameters (alpha) and of tokens (beta), with 95 % intervals:", ""]
+    lines += [f"Left out: {line}." for line in laws["left_out"]] + [""] * bool(laws["left_out"])
     lines += ["| family | law | alpha | beta |", "| :-- | :-- | --: | --: |"]
     for family, found in laws["families"].items():
         for fit in found["laws"].values():

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kalmagrove.report.results import Model, Results, Split
-from kalmagrove.report.statistics import Interval, Spread, median_spread
-from kalmagrove.reproduction.answers import Verdict
+from kalmagrove.report.results import Model, Split
+from kalmagrove.report.statistics import FEWEST_SHOWN, Interval, Spread, median_spread
+from kalmagrove.reproduction.answers import Verdict, judge_below
 from kalmagrove.reproduction.evidence import Evidence, Study
-from kalmagrove.training.config import is_usual_transformer
 
 MOST_EPOCHS = 4.0
 """Passes over a text up to which tokens are worth about as much as new ones (Muennighoff et al., arXiv:2305.16264)."""
@@ -74,10 +73,10 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     lost = sorted(lost_seeds(ours, rival))
     found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
     found += [] if results.is_tuned else ["learning rates not tuned"]
-    if results.trial_tokens is not None and results.trial_tokens < results.budget.tokens and not results.rechecks:
-        found.append(
-            f"learning rates tuned over {results.trial_tokens / results.budget.tokens:.0%} of the length alone"
-        )
+    if results.is_tuned and not results.rechecks:
+        part = None if results.trial_tokens is None else results.trial_tokens / results.budget.tokens
+        found += ["the length of the trials was not written down"] if part is None else []
+        found += [f"learning rates tuned over {part:.0%} of the length alone"] if part is not None and part < 1 else []
     if results.screening:
         found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:
@@ -108,15 +107,18 @@ def described(model: Model) -> str:
     return model.name if model.optim in model.name.split("+") else f"{model.name} with {model.optim}"
 
 
-def usual_transformers(results: Results) -> list[Model]:
-    """The plain Transformers that are trained as is usual, of which the better one is the reference."""
-    return [model for model in results.models if is_usual_transformer(model.preset, model.optim)]
-
-
 def lost_seeds(ours: Model, rival: Model) -> set[int]:
-    """Seeds with which we diverged and the rival did not."""
-    finished = {run.seed for run in rival.runs if run.finished}
-    return {run.seed for run in ours.runs if run.diverged} & finished
+    """Seeds with which we diverged, or ended with a loss that nothing can be reckoned with, and the rival did not."""
+    ended = {run.seed for run in ours.runs if run.finished or run.diverged}
+    return (ended - ours.by_seed("test", "perplexity").keys()) & rival.by_seed("test", "perplexity").keys()
+
+
+def judge_perplexity(ratios: Sequence[Interval | None], ours: Model, rival: Model) -> Verdict:
+    """Whether our perplexity is lower; where we diverged with every seed and the rival did not, it is not."""
+    lost = lost_seeds(ours, rival)
+    if lost and all(ratio is None for ratio in ratios):
+        return "not supported" if len(lost) >= FEWEST_SHOWN else "undecided"
+    return judge_below(ratios)
 
 
 def held_back(verdict: Verdict, doubts: Sequence[str]) -> Verdict:
@@ -130,14 +132,15 @@ def with_doubts(reason: str, doubts: Sequence[str]) -> str:
 
 
 def pairs_of(evidence: Evidence) -> dict[str, Pair | None]:
-    """Both pairs of Table 1; None where one is not there."""
+    """Both pairs of Table 1; None where one is not there, or no plain Transformer was trained in it."""
     pairs: dict[str, Pair | None] = {}
     for name in PAPER:
         study = evidence.studies.get(name)
         ours = study.find("kalmagrove") if study is not None else None
         pairs[name] = None
-        if study is not None and ours is not None:
-            pairs[name] = Pair(name, study, ours, study.results.model(study.results.baseline))
+        rival = None if study is None else study.plain_transformer
+        if study is not None and ours is not None and rival is not None:
+            pairs[name] = Pair(name, study, ours, rival)
     return pairs
 
 

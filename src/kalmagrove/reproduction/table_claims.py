@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from kalmagrove.report.statistics import Interval, ratio_interval
+from kalmagrove.report.statistics import FEWEST_SHOWN, Interval, Spread, ratio_interval
 from kalmagrove.report.table import format_bytes
-from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
+from kalmagrove.reproduction.answers import (
+    FEWEST_TIMES,
+    Answer,
+    Verdict,
+    all_of,
+    judge_below,
+    judge_times,
+    shown,
+    shown_time,
+)
 from kalmagrove.reproduction.evidence import part_to_reach
 from kalmagrove.reproduction.pairs import (
     PAPER,
@@ -12,9 +21,9 @@ from kalmagrove.reproduction.pairs import (
     described,
     each,
     held_back,
+    judge_perplexity,
     lost_seeds,
     quoted,
-    usual_transformers,
     with_doubts,
 )
 
@@ -65,35 +74,47 @@ def perplexity(pairs: Pairs) -> Answer:
         name: [None if pair is None else pair.perplexity(split) for split in ("valid", "test")]
         for name, pair in pairs.items()
     }
-    verdict = judge_below([ratio for both in ratios.values() for ratio in both])
+    verdicts = [
+        "not measured" if pair is None else judge_perplexity(ratios[name], pair.ours, pair.rival)
+        for name, pair in pairs.items()
+    ]
     doubts = [doubt for pair in pairs.values() if pair is not None for doubt in pair.doubts()]
     reason = (
-        f"supported means less than that of the better plain Transformer ({each(pairs, _plain)}) in each pair; same "
+        f"supported means less than that of the best plain Transformer that was there ({each(pairs, _plain)}) in each "
+        "pair; same "
         "tokens in the same order"
     )
     ours = each(pairs, lambda pair: f"valid {shown(ratios[pair.name][0])}, test {shown(ratios[pair.name][1])}")
     paper = f"valid {quoted('valid')}; test {quoted('test')}"
-    return Answer("C3", "lower perplexity", paper, ours, held_back(verdict, doubts), with_doubts(reason, doubts))
+    verdict = held_back(all_of(verdicts), doubts)
+    return Answer("C3", "lower perplexity", paper, ours, verdict, with_doubts(reason, doubts))
 
 
 def _plain(pair: Pair) -> str:
     """Which plain Transformers were there, and which is the reference."""
-    models = usual_transformers(pair.study.results)
-    others = [described(model) for model in models if model.name != pair.rival.name]
+    others = [described(model) for model in pair.study.plain_transformers if model.name != pair.rival.name]
     return " better than ".join([described(pair.rival), *others])
 
 
 def same_size(pairs: Pairs) -> Answer:
     """C4."""
     ratios: dict[str, Interval | None] = {}
+    verdicts: list[Verdict] = []
     doubts = []
     for name, pair in pairs.items():
         slim = None if pair is None else pair.study.find("slim")
-        ratios[name] = None if pair is None or slim is None else pair.perplexity("test", slim)
-        doubts += [] if pair is None or slim is None else pair.doubts(slim)
-    reason = "against slim: dense, as many parameters, the same cheap tricks, the same optimiser and trials"
-    verdict = held_back(judge_below(list(ratios.values())), doubts)
-    ours = each(pairs, lambda pair: shown(ratios[pair.name]))
+        if pair is None or slim is None:
+            verdicts.append("not measured")
+            continue
+        ratios[name] = pair.perplexity("test", slim)
+        verdicts.append(judge_perplexity([ratios[name]], pair.ours, slim))
+        doubts += pair.doubts(slim)
+    reason = (
+        "against slim: dense, as many parameters, the same cheap tricks, the same optimiser, rates tuned by the same "
+        "rule"
+    )
+    verdict = held_back(all_of(verdicts), doubts)
+    ours = each(pairs, lambda pair: shown(ratios.get(pair.name)))
     return Answer("C4", "better at equal size", "", ours, verdict, with_doubts(reason, doubts))
 
 
@@ -159,14 +180,26 @@ def _cost_to_loss(pair: Pair) -> tuple[Verdict, str]:
         # All tokens of both sides are as many, so that a whole run cost this part of the rival's.
         spent = {"FLOPs": per_token} | ({} if spread is None else {"seconds": spread.median})
         price = " and ".join(f"{part:.2f}x of the {name}" for name, part in spent.items())
-        dearer = not reached and max(spent.values()) >= 1
-        verdict: Verdict = "not supported" if dearer or lost_seeds(pair.ours, pair.rival) else "undecided"
+        all_lost = len(lost_seeds(pair.ours, pair.rival)) == len(parts)
+        fails = not reached and len(parts) >= FEWEST_SHOWN and (all_lost or max(spent.values()) >= 1)
+        verdict: Verdict = "not supported" if fails else "undecided"
         return verdict, f"that loss was reached with {len(reached)} of {len(parts)} seeds, in runs of {price}"
     flops = scaled(reached, per_token)
-    seconds = None if spread is None else scaled(reached, spread.median)
+    seconds = None if spread is None else in_seconds(reached, spread)
     return all_of([judge_below([flops]), judge_below([seconds])]), f"FLOPs {shown(flops)}, seconds {shown(seconds)}"
 
 
 def scaled(parts: dict[int, float], factor: float) -> Interval | None:
     """The interval of parts of a rival's tokens, each token costing a factor of the rival's."""
     return ratio_interval({seed: part * factor for seed, part in parts.items()}, dict.fromkeys(parts, 1.0))
+
+
+def in_seconds(parts: dict[int, float], time: Spread) -> Interval | None:
+    """The same of a token's time, which is uncertain too: the bounds are those of both together, and so wide ones."""
+    found = scaled(parts, 1.0)
+    if found is None:
+        return None
+    middle = found.mean * time.median
+    if found.low is None or found.high is None or time.n < FEWEST_TIMES:
+        return Interval(middle, None, None, found.n)
+    return Interval(middle, found.low * time.low, found.high * time.high, found.n)

@@ -35,18 +35,34 @@ def scaling_claims(summary: Mapping[str, Any]) -> dict[str, list[Claim]]:
         summary: As ``fit.json`` holds it.
     """
     found: dict[str, list[Claim]] = {}
-    warned = {name: _warnings(family["laws"]) for name, family in summary["families"].items()}
+    tuning = {family["family"]: family for family in summary.get("tuning", [])}
+    warned = {
+        name: [*_warnings(family["laws"]), *_doubts_about_rates(tuning.get(name))]
+        for name, family in summary["families"].items()
+    }
+    left_out = [f"left out: {line}" for line in summary["left_out"]]
     for pair, laws in summary["differences"].items():
-        careful = [line for name in pair.split(" - ") for line in warned[name]]
+        careful = [line for name in pair.split(" - ") for line in warned[name]] + left_out
         found[pair] = [_held_back(claim, careful) for claim in (_steeper(laws), _same_data_exponent(laws))]
     for name, family in summary["families"].items():
         if any("gamma" in law["constants"] for law in family["laws"].values()):
-            found[name] = [_held_back(_rank(family["laws"]), warned[name])]
+            found[name] = [_held_back(_rank(family["laws"]), warned[name] + left_out)]
     return found
 
 
 def _warnings(laws: Mapping[str, Any]) -> list[str]:
     return [warning for law in laws.values() for warning in law["warnings"]]
+
+
+def _doubts_about_rates(tuning: Mapping[str, Any] | None) -> list[str]:
+    """What speaks against a family's learning rates; of runs that came without a tuning's record, nothing is known."""
+    if tuning is None:
+        return []
+    if not tuning["trials"]:
+        return [f"learning rates of {tuning['family']} not tuned"]
+    return [f"the best learning rate of {tuning['family']} is at the edge of those that were tried"] * bool(
+        tuning["at_the_edge"]
+    )
 
 
 def _held_back(claim: Claim, careful: Sequence[str]) -> Claim:

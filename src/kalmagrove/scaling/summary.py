@@ -164,7 +164,7 @@ def describe_fit(fit: Fit, points: Sequence[Point], drawn: Sequence[Mapping[str,
     constants = fit.constants
     predicted = fit.losses(points)
     return {
-        "formula": FORMULAS[fit.law] + (" r^-gamma" if fit.law == "power" and "gamma" in constants else ""),
+        "formula": FORMULAS[fit.law].replace("N^-alpha", "N^-alpha r^-gamma" if "gamma" in constants else "N^-alpha"),
         "constants": constants,
         "intervals": {name: interval([values[name] for values in drawn]) for name in drawn[0]},
         "objective": fit.objective,
