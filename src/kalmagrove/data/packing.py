@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from kalmagrove.data.batches import batch_at, window_count
+from kalmagrove.data.compressed import COMPRESSION_SUFFIXES
 from kalmagrove.data.pieces import make_encoder
 from kalmagrove.data.sources import (
-    COMPRESSION_SUFFIXES,
     TEXT_SUFFIXES,
     content_fingerprint,
     is_hub_name,

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kalmagrove.adaptors.opening import open_with_adaptor
-from kalmagrove.data.sources import is_unicode
+from kalmagrove.data.compressed import is_unicode
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.generated_text import GeneratedText

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kalmagrove.data.sources import is_unicode, iter_lines
+from kalmagrove.data.compressed import is_unicode, json_lines
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import write_text_atomic
 
@@ -140,16 +140,11 @@ def write_task_folder(rows: dict[str, list[dict[str, Any]]], folder: Path) -> No
 
 
 def _rows(task: Task, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(iter_lines(path, longest=None), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise KalmaGroveError(f"{path}, line {number}: this is not JSON; mend or remove it") from error
-            wrong = _wrong(task, row)
-            if wrong is not None:
-                raise KalmaGroveError(f"{path}, line {number}: {wrong}; mend or remove it")
-            yield {field: row[field] for field in task.fields}
+    for number, row in json_lines(path):
+        wrong = _wrong(task, row)
+        if wrong is not None:
+            raise KalmaGroveError(f"{path}, line {number}: {wrong}; mend or remove it")
+        yield {field: row[field] for field in task.fields}
 
 
 def _wrong(task: Task, row: Any) -> str | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.data.compressed import is_unicode, json_lines
 from kalmagrove.data.images.pictures import Picture
 from kalmagrove.data.images.reading import FILE_LEVELS, read_image
-from kalmagrove.data.sources import is_unicode
 from kalmagrove.errors import KalmaGroveError
 
 LONGEST_LINE = 1 << 20
@@ -22,24 +21,11 @@ def listed_pictures(path: Path) -> Iterator[Picture]:
     Raises:
         KalmaGroveError: A line is no such object, or its image lies elsewhere; the line is named.
     """
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE + 1):
-                number += 1
-                if len(line) > LONGEST_LINE:
-                    raise KalmaGroveError(f"line {number} of {path} is longer than {LONGEST_LINE:,} characters")
-                if not line.isspace():
-                    yield _picture(line, path, f"line {number} of {path}")
-    except UnicodeDecodeError as error:
-        raise KalmaGroveError(f"{path} is not text in UTF-8; convert it to UTF-8") from error
+    for number, row in json_lines(path, longest=LONGEST_LINE):
+        yield _picture(row, path, f"line {number} of {path}")
 
 
-def _picture(line: str, path: Path, where: str) -> Picture:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
+def _picture(row: Any, path: Path, where: str) -> Picture:
     if not isinstance(row, dict) or not isinstance(row.get("image"), str):
         raise KalmaGroveError(f'{where} is no JSON object with a string "image"; mend or remove that line')
     file = path_below(path.parent, row["image"], where)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from kalmagrove.data.compressed import is_unicode, json_lines
 from kalmagrove.data.example_splits import split_examples
 from kalmagrove.data.images.lists import path_below
-from kalmagrove.data.sources import is_unicode, iter_lines
 from kalmagrove.data.splits import split_of_file
 from kalmagrove.data.tables.cells import Row
 from kalmagrove.data.tables.reading import json_row
@@ -99,17 +99,12 @@ def iter_mixed(path: Path) -> Iterator[MixedRow]:
     Raises:
         KalmaGroveError: It is no text, or a line cannot be used; it is named.
     """
-    for number, line in enumerate(iter_lines(path, longest=None), start=1):
-        if not line.isspace():
-            yield _read(line, path, number)
+    for number, value in json_lines(path):
+        yield _read(value, path, number)
 
 
-def _read(line: str, path: Path, number: int) -> MixedRow:
+def _read(value: Any, path: Path, number: int) -> MixedRow:
     place = f"line {number} of {path}"
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = None
     if not isinstance(value, dict) or ("parts" in value) == ("text" in value):
         raise KalmaGroveError(f'{place} is no JSON object with either "parts" or "text"; mend or remove that line')
     parts = value["parts"] if "parts" in value else _parts_of_text(value, place)

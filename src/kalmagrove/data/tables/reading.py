@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import decimal
-import importlib
 import json
 import math
 from collections import Counter
@@ -14,16 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from kalmagrove.data.compressed import COMPRESSION_SUFFIXES, is_unicode, iter_lines, open_parquet
 from kalmagrove.data.example_splits import split_examples
-from kalmagrove.data.sources import (
-    COMPRESSION_SUFFIXES,
-    import_data_extra,
-    is_unicode,
-    iter_lines,
-    kind_of_file,
-    open_seekable,
-    source_files,
-)
+from kalmagrove.data.sources import kind_of_file, source_files
 from kalmagrove.data.splits import split_of_file
 from kalmagrove.data.tables.cells import MISSING_WORDS, Cell, Row
 from kalmagrove.errors import KalmaGroveError
@@ -215,24 +207,16 @@ def _kind_name(value: Any) -> str:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    pyarrow = import_data_extra("pyarrow", f"to read {path}")
-    parquet = importlib.import_module("pyarrow.parquet")
-    with open_seekable(path) as file:
-        try:
-            table = parquet.ParquetFile(file)
-            names = [name.strip() for name in table.schema_arrow.names]
-            _check_names(path, names)
-            number = 0
-            for batch in table.iter_batches(batch_size=1024):
-                columns = [column.to_pylist() for column in batch.columns]
-                for cells in zip(*columns, strict=True):
-                    number += 1
-                    found = {name: _parquet_cell(cell, name, path) for name, cell in zip(names, cells, strict=True)}
-                    yield Row(path, number, found, typed=True)
-        except KalmaGroveError:
-            raise
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise KalmaGroveError(f"{path} is not a sound parquet file; make or download it again") from error
+    with open_parquet(path) as (table, _):
+        names = [name.strip() for name in table.schema_arrow.names]
+        _check_names(path, names)
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            columns = [column.to_pylist() for column in batch.columns]
+            for cells in zip(*columns, strict=True):
+                number += 1
+                found = {name: _parquet_cell(cell, name, path) for name, cell in zip(names, cells, strict=True)}
+                yield Row(path, number, found, typed=True)
 
 
 def _parquet_cell(cell: Any, name: str, path: Path) -> Cell:
