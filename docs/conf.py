@@ -13,7 +13,8 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ex
 source_suffix = {".md": "myst-nb", ".ipynb": "myst-nb"}
 # The tests run the notebooks; the site shows what they left.
 nb_execution_mode = "off"
-exclude_patterns = ["_build"]
+# What a page rests on is no page of its own.
+exclude_patterns = ["_build", "results/laptop"]
 
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline"]
