@@ -30,7 +30,13 @@ def adapt(config: AdaptConfig, data: PackedText, folder: Path, *, say: Callable[
     """
     session = AdaptorSession(config, data, folder, warn=lambda line: say(f"passed over {line}"))
     run = session.run
-    result = complete(session, describe=lambda: describe(run), evaluate=lambda: scores_of(run), say=say)
+    result = complete(
+        session,
+        describe=lambda: describe(run),
+        evaluate=lambda: scores_of(run),
+        say=say,
+        instead="another folder or name for a new adaptor",
+    )
     base, parameters = result.get("base"), result.get("parameters")
     if not isinstance(base, dict) or not isinstance(parameters, dict) or "trained" not in parameters:
         raise KalmaGroveError(f"{session.folder.result_path} is not an adaptor's result; delete it and run again")

@@ -17,13 +17,15 @@ from typing import IO, Any, BinaryIO
 from kalmagrove.errors import KalmaGroveError
 
 COMPRESSION_SUFFIXES = (".xz", ".gz", ".zst")
+UNSOUND: Any = object()
+"""The value of a line that is no sound JSON."""
 _CHUNK_BYTES = 1 << 20
 # A chunk of a zstd file is unpacked in one piece, which may be hundreds of times larger.
 _ZSTD_CHUNK_BYTES = 1 << 15
 
 
 def json_lines(path: Path, *, longest: int | None = None) -> Iterator[tuple[int, Any]]:
-    """The number and the value of each line that is not blank; None where a line is no sound JSON.
+    """The number and the value of each line that is not blank; `UNSOUND` where it is no sound JSON.
 
     Args:
         path: Of the file.
@@ -40,7 +42,7 @@ def json_lines(path: Path, *, longest: int | None = None) -> Iterator[tuple[int,
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            value = None
+            value = UNSOUND
         yield number, value
 
 

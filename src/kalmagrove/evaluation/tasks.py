@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from kalmagrove.data.compressed import is_unicode, json_lines
+from kalmagrove.data.compressed import UNSOUND, is_unicode, json_lines
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.files import write_text_atomic
 
@@ -141,7 +141,7 @@ def write_task_folder(rows: dict[str, list[dict[str, Any]]], folder: Path) -> No
 
 def _rows(task: Task, path: Path) -> Iterator[dict[str, Any]]:
     for number, row in json_lines(path):
-        wrong = _wrong(task, row)
+        wrong = "this is not JSON" if row is UNSOUND else _wrong(task, row)
         if wrong is not None:
             raise KalmaGroveError(f"{path}, line {number}: {wrong}; mend or remove it")
         yield {field: row[field] for field in task.fields}

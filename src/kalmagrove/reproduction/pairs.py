@@ -74,9 +74,11 @@ def doubts_about(study: Study, ours: Model, rival: Model) -> list[str]:
     found = [f"{ours.name} diverged with seed {', '.join(map(str, lost))}"] if lost else []
     found += [] if results.is_tuned else ["learning rates not tuned"]
     if results.is_tuned and not results.rechecks:
-        part = None if results.trial_tokens is None else results.trial_tokens / results.budget.tokens
-        found += ["the length of the trials was not written down"] if part is None else []
-        found += [f"learning rates tuned over {part:.0%} of the length alone"] if part is not None and part < 1 else []
+        if results.trial_tokens is None:
+            found.append("the length of the trials was not written down")
+        elif results.trial_tokens < results.budget.tokens:
+            part = results.trial_tokens / results.budget.tokens
+            found.append(f"learning rates tuned over {part:.0%} of the length alone")
     if results.screening:
         found.append(f"screening, {results.tokens_per_parameter:.2g} training tokens a parameter")
     if results.budget.epochs > MOST_EPOCHS:

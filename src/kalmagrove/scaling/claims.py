@@ -60,9 +60,9 @@ def _doubts_about_rates(tuning: Mapping[str, Any] | None) -> list[str]:
         return []
     if not tuning["trials"]:
         return [f"learning rates of {tuning['family']} not tuned"]
-    return [f"the best learning rate of {tuning['family']} is at the edge of those that were tried"] * bool(
-        tuning["at_the_edge"]
-    )
+    if tuning["at_the_edge"]:
+        return [f"the best learning rate of {tuning['family']} is at the edge of those that were tried"]
+    return []
 
 
 def _held_back(claim: Claim, careful: Sequence[str]) -> Claim:

@@ -64,6 +64,7 @@ def complete(
     describe: Callable[[], list[str]],
     evaluate: Callable[[], dict[str, Any]],
     say: Callable[[str], None],
+    instead: str = "another folder for a new run",
 ) -> dict[str, Any]:
     """All that is left of a run; returns what ``result.json`` holds, and closes the session.
 
@@ -72,6 +73,7 @@ def complete(
         describe: Lines about what is about to be trained.
         evaluate: The scores of what was trained.
         say: Told what a person wants to know, a line at a time.
+        instead: What to choose where the run is complete already.
 
     Raises:
         Interrupted: A signal came; the state was saved.
@@ -84,7 +86,7 @@ def complete(
         done = folder.read_result()
         if done is not None:
             require_scores(done, folder.result_path)
-            say(f"{folder.path} is complete already; choose another folder for a new run")
+            say(f"{folder.path} is complete already; choose {instead}")
             return done
         for line in describe():
             say(line)
