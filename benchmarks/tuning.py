@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from kalmagrove.training.config import MOST_FURTHER_TRIALS, further_trial
+from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, further_trial
 
 Job = TypeVar("Job")
 Key = TypeVar("Key")
@@ -51,7 +51,4 @@ def tune(
         if not further:
             break
         attempt(further)
-    return {
-        key: Tuned(min(tried, key=tried.__getitem__), further_trial(tried, step=step) is not None)
-        for key, tried in losses.items()
-    }
+    return {key: Tuned(best_scale(tried), further_trial(tried, step=step) is not None) for key, tried in losses.items()}

@@ -20,7 +20,8 @@ from kalmagrove.data.packing import PackedText
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.report.results import Results
 from kalmagrove.training import config as training_config
-from kalmagrove.training.config import MOST_FURTHER_TRIALS, DataConfig, LoopConfig, further_trial
+from kalmagrove.training.config import DataConfig, LoopConfig
+from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, further_trial
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.session import TrainingSession

@@ -11,7 +11,6 @@ from kalmagrove.models.accounting import build_empty, count_parameters
 from kalmagrove.models.build import model_config
 from kalmagrove.scaling.costs import rung_cost
 from kalmagrove.scaling.ladder import (
-    MOST_FURTHER_TRIALS,
     SweepConfig,
     all_runs,
     best_scales,
@@ -21,6 +20,7 @@ from kalmagrove.scaling.ladder import (
     trials,
 )
 from kalmagrove.training.config import LoopConfig
+from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS
 
 TUNED = SweepConfig(
     families="llama+adamw,llama+kalma,kalmagrove",

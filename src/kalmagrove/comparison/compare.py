@@ -22,14 +22,13 @@ from kalmagrove.files import read_json_object, write_json_atomic
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
 from kalmagrove.training.config import (
-    MOST_FURTHER_TRIALS,
     NEUTRAL_OPTIONS,
-    further_trial,
     parse_list,
     plain_options,
     usual_options,
 )
 from kalmagrove.training.environment import describe_environment
+from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, further_trial, untried_neighbour
 from kalmagrove.training.run_folder import RunFolder, open_run_folder
 from kalmagrove.world import ALONE, World
 
@@ -160,7 +159,7 @@ class _Comparison:
             name: [{"lr_scale": scale, "valid_loss": loss} for scale, loss in tried.items()]
             for name, tried in losses.items()
         }
-        best = {name: _best_rate(tried) if tried else 1.0 for name, tried in losses.items()}
+        best = {name: best_scale(tried) if tried else 1.0 for name, tried in losses.items()}
         self.plan.update(trials=trials, scales=best)
 
     def _try(self, rounds: Sequence[Mapping[str, float]], losses: dict[str, dict[float, float]]) -> None:
@@ -195,7 +194,7 @@ class _Comparison:
         """
         chosen = {name: float(scale) for name, scale in self.plan.values["scales"].items()}
         losses = self._settle(chosen, 2.0, _all_rates, steps=self._steps, description="rates at full length")
-        best = {name: _best_rate(tried) for name, tried in losses.items()}
+        best = {name: best_scale(tried) for name, tried in losses.items()}
         for name in (name for name in best if best[name] != chosen[name]):
             self.say(f"{name}: x{best[name]:g} of its learning rate is better at full length than x{chosen[name]:g}")
         rechecks = [
@@ -226,7 +225,7 @@ class _Comparison:
             }
             for name, tried in losses.items()
         ]
-        best = {name: _best_rate(tried) for name, tried in losses.items()}
+        best = {name: best_scale(tried) for name, tried in losses.items()}
         self.plan.update(auxiliary_trials=trials, auxiliary_scales=best)
 
     def _settle(
@@ -246,7 +245,7 @@ class _Comparison:
             runs = self._runs(rates_of(beside), self.config.seed_list()[0], steps=steps)
             for run, loss in zip(runs, self._train(runs, description), strict=True):
                 losses[run.name][beside[run.name]] = loss
-            neighbours = {name: _untried_neighbour(tried, step) for name, tried in losses.items()}
+            neighbours = {name: untried_neighbour(tried, step) for name, tried in losses.items()}
             beside = {name: factor for name, factor in neighbours.items() if factor is not None}
             if not beside:
                 break
@@ -350,17 +349,6 @@ class _Comparison:
         # The others read these files too.
         plan.world.wait()
         return results
-
-
-def _best_rate(losses: Mapping[float, float]) -> float:
-    """The factor with the lowest loss; where all diverged the lowest, beside which others may do."""
-    return min(losses, key=lambda scale: (losses[scale], scale))
-
-
-def _untried_neighbour(losses: Mapping[float, float], step: float) -> float | None:
-    """Beside the best factor so far, the lower one first: where it is better, the other one need not be tried."""
-    best = _best_rate(losses)
-    return next((factor for factor in (best / step, best * step) if factor not in losses), None)
 
 
 def _all_rates(scales: Mapping[str, float]) -> dict[str, Rates]:

@@ -21,8 +21,8 @@ from kalmagrove.training.config import (
     parse_list,
     parse_seeds,
     split_optimizer,
-    trial_scales,
 )
+from kalmagrove.training.rate_trials import trial_scales
 
 
 @dataclass(frozen=True)

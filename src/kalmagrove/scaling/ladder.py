@@ -12,7 +12,6 @@ from kalmagrove.errors import UsageError
 from kalmagrove.models.presets import FAMILIES, preset_options, split_parts
 from kalmagrove.training.config import (
     BASELINE_FAMILIES,
-    MOST_FURTHER_TRIALS,
     DataConfig,
     LoopConfig,
     ModelConfig,
@@ -20,14 +19,13 @@ from kalmagrove.training.config import (
     OptimizerName,
     TrainConfig,
     default_optimizer,
-    further_trial,
     is_plain_transformer,
     parse_count,
     parse_list,
     parse_seeds,
     split_optimizer,
-    trial_scales,
 )
+from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, further_trial, trial_scales
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -283,11 +281,6 @@ def _trials_of(config: SweepConfig, family: Family, size: str, losses: Mapping[s
     return dict(sorted(tried.items()))
 
 
-def _best(tried: Mapping[float, Rung], losses: Mapping[str, float]) -> float:
-    """The factor of the lowest loss; where all are infinite, the smallest."""
-    return min(sorted(tried), key=lambda scale: losses[tried[scale].key])
-
-
 def best_scales(config: SweepConfig, losses: Mapping[str, float]) -> dict[str, float]:
     """The chosen factor of each family whose trials are all done: at the smallest size.
 
@@ -302,7 +295,7 @@ def best_scales(config: SweepConfig, losses: Mapping[str, float]) -> dict[str, f
         by_size = [_trials_of(config, family, size, losses) for size in config.sizes[: config.tuned_sizes]]
         if any(rung.key not in losses for tried in by_size for rung in tried.values()):
             continue
-        best = [math.log2(_best(tried, losses)) for tried in by_size]
+        best = [math.log2(best_scale({scale: losses[rung.key] for scale, rung in tried.items()})) for tried in by_size]
         chosen[family.name] = 2.0 ** (sum(best) / len(best))
     return chosen
 

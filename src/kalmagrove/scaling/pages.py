@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from kalmagrove.files import write_json_atomic, write_text_atomic
+from kalmagrove.report.figures import BASELINE_COLOUR, CANDIDATE_COLOUR, OTHER_COLOURS
 
 LAW_FOLDER = "law"
 """Of a sweep: where its fit is."""
 FIT = "fit.json"
-COLOURS = ("#d0601c", "#2b7cc4", "#0f9671", "#b5689b", "#a17a00")
+COLOURS = (BASELINE_COLOUR, CANDIDATE_COLOUR, *OTHER_COLOURS)
 
 
 def write_pages(summary: Mapping[str, Any], folder: Path) -> None:

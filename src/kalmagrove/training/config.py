@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from decimal import Decimal
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
+from kalmagrove.data.images.choices import Learns, Scan
 from kalmagrove.data.synthetic.options import is_synthetic, parse_synthetic
 from kalmagrove.errors import UsageError
 from kalmagrove.models.choices import (
@@ -30,8 +30,6 @@ Schedule = Literal["linear", "cosine", "wsd", "constant"]
 PrecisionChoice = Literal["auto", "bf16", "fp32"]
 Parallel = Literal["ddp", "fsdp"]
 ModalityName = Literal["text", "table", "image", "mixed"]
-Scan = Literal["z-order", "raster"]
-ImageLearns = Literal["all", "labels"]
 TrackerName = Literal["tensorboard", "trackio"]
 
 BASELINE_FAMILIES = ("gpt2", "llama")
@@ -82,7 +80,7 @@ class DataConfig:
     patch_size: int | None = None
     scan: Scan = "z-order"
     image_size: str | None = None
-    learns: ImageLearns = "all"
+    learns: Learns = "all"
     bins: int = 64
 
     def __post_init__(self) -> None:
@@ -469,30 +467,6 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds or len(seeds) < len(items) or len(set(seeds)) < len(seeds):
         raise UsageError(f"seeds must be different whole numbers divided by commas, got {text!r}")
     return seeds
-
-
-def trial_scales(trials: int) -> list[float]:
-    """Factors on the learning rates that are tried: powers of two around one."""
-    return [2.0 ** (index - trials // 2) for index in range(trials)]
-
-
-MOST_FURTHER_TRIALS = 4
-"""Learning rates beyond those that were asked for, while the best is at the edge of what was tried."""
-
-
-def further_trial(losses: Mapping[float, float], *, step: float = 2.0, margin: float = 0.0) -> float | None:
-    """The factor to try next while the best is the smallest or the largest of those tried; None where it lies inside.
-
-    Args:
-        losses: By factor; infinity where the trial diverged.
-        step: Between neighbours.
-        margin: Nats by which both ends must be worse than the best.
-    """
-    scales = sorted(losses)
-    limit = min(losses.values()) + margin
-    if losses[scales[0]] <= limit:
-        return scales[0] / step
-    return scales[-1] * step if losses[scales[-1]] <= limit else None
 
 
 def is_plain_transformer(preset: str) -> bool:

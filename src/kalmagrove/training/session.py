@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +61,22 @@ class TrainingSession:
         check_tracker(config.track)
         check_energy(config.energy)
         self.run, self.world = self._make_run(config, data, folder, world), world
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.run.loss.close)
             self.folder = self._open_folder(config, folder)
-        except BaseException:
-            self.run.loss.close()
-            raise
-        self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
-        self.evaluations: dict[int, float] = {}
-        self.saved_steps: set[int] = set()
-        self.writer = CheckpointWriter(self.folder.checkpoints_path, asynchronous=config.loop.save_in_background)
-        self.metrics: TrackedMetrics | None = None
-        self.energy: EnergyMeter | None = None
-        try:
+            on_failure.callback(self.folder.release)
+            self.seconds, self.saved_step, self.saved_at = 0.0, -1, time.monotonic()
+            self.evaluations: dict[int, float] = {}
+            self.saved_steps: set[int] = set()
+            self.writer = CheckpointWriter(self.folder.checkpoints_path, asynchronous=config.loop.save_in_background)
+            self.metrics: TrackedMetrics | None = None
+            self.energy: EnergyMeter | None = None
+            on_failure.callback(self._end_watching)
             # A complete folder is only read.
             if not self.finished:
                 self._resume(warn)
             self.resumed_from = self.run.step
-        except BaseException:
-            self.run.loss.close()
-            self._end_watching()
-            self.folder.release()
-            raise
+            on_failure.pop_all()
 
     def _make_run(self, config: TrainConfig, data: TrainingData, folder: Path, world: World) -> TrainingRun:
         return TrainingRun(config, data, world)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kalmagrove.data.images.patches import SCANS, choose_patch_size, from_patches, patch_places, to_patches
+from kalmagrove.data.images.choices import SCANS
+from kalmagrove.data.images.patches import choose_patch_size, from_patches, patch_places, to_patches
 from kalmagrove.errors import UsageError
 
 SIZES = [(1, 1), (1, 7), (5, 1), (2, 2), (3, 5), (4, 8), (6, 4), (8, 8), (7, 12), (16, 4)]

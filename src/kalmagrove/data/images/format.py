@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from kalmagrove.data.images.choices import SCANS, Scan
 from kalmagrove.data.images.fitting import fit_to
-from kalmagrove.data.images.patches import LARGEST_PATCH, MOST_PATCHES, SCANS, Scan, patch_places
+from kalmagrove.data.images.patches import LARGEST_PATCH, MOST_PATCHES, patch_places
 from kalmagrove.data.images.reading import MOST_PIXELS
 from kalmagrove.errors import KalmaGroveError
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from math import gcd, isqrt
-from typing import Literal
 
 import numpy as np
 
+from kalmagrove.data.images.choices import Scan
 from kalmagrove.errors import UsageError
 
-Scan = Literal["z-order", "raster"]
-SCANS: tuple[Scan, ...] = ("z-order", "raster")
 MOST_PATCHES = 4096
 LARGEST_PATCH = 32
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from kalmagrove.data.examples import Example, ExampleSource
+from kalmagrove.data.images.choices import SCANS, Learns, Scan
 from kalmagrove.data.images.fitting import parse_size
 from kalmagrove.data.images.format import MODALITY, ImageFormat
 from kalmagrove.data.images.parts import FEATURE, caption_part, image_part, label_part
-from kalmagrove.data.images.patches import SCANS, Scan, choose_patch_size
+from kalmagrove.data.images.patches import choose_patch_size
 from kalmagrove.data.images.pictures import Picture, find_pictures
 from kalmagrove.data.images.survey import Survey, survey_pictures
 from kalmagrove.data.tokenizer import SMALLEST_VOCABULARY, end_of_text_id, train_tokenizer
@@ -19,7 +20,6 @@ from kalmagrove.errors import KalmaGroveError, UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Learns = Literal["all", "labels"]
 IMAGE, PATCH, LABEL, CAPTION, CAPTION_END = "<image>", "<patch>", "<label>", "<caption>", "</caption>"
 
 

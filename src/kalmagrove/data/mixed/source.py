@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.data.examples import Example, ExampleSource
+from kalmagrove.data.images.choices import Scan
 from kalmagrove.data.images.fitting import parse_size
-from kalmagrove.data.images.patches import Scan, choose_patch_size
+from kalmagrove.data.images.patches import choose_patch_size
 from kalmagrove.data.images.pictures import Picture, Pictures
 from kalmagrove.data.images.reading import FILE_LEVELS, read_image
 from kalmagrove.data.images.source import image_format
