@@ -283,6 +283,9 @@ def damaged(name: str, folder: Path) -> str:
     if name == "architecture":
         (folder / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
         return "architecture 'mamba'; gpt2, "
+    if name == "document mask":
+        (folder / "config.json").write_text(json.dumps(config | {"document_mask": True}))
+        return "was trained with model.document_mask"
     if name == "quantised":
         quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
         (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantised}))
@@ -300,7 +303,10 @@ def damaged(name: str, folder: Path) -> str:
     return r"cannot read .*config\.json"
 
 
-@pytest.mark.parametrize("name", ["pickle", "no weights", "architecture", "quantised", "shards", "NaN", "config"])
+DAMAGES = ["pickle", "no weights", "architecture", "document mask", "quantised", "shards", "NaN", "config"]
+
+
+@pytest.mark.parametrize("name", DAMAGES)
 def test_a_folder_that_cannot_be_compressed_is_refused_by_what_is_wrong(
     name: str, options: CompressOptions, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """A model that has learnt a table predicts its columns, fills its gaps and is scored."""
 
+import copy
 import csv
 import io
 from dataclasses import replace
@@ -162,6 +163,14 @@ def test_the_most_certain_cell_is_filled_first(learnt: LearntTable, monkeypatch:
     impute(learnt.model, learnt.codec, [learnt.values(x="9.50")], [{1, 2, 4}], TERMS)
     # The side is certain, y is not quite; the text comes last, when all else is known.
     assert asked == [(1, frozenset({0})), (2, frozenset({0})), (1, frozenset({0, 2})), (4, frozenset({0, 1, 2}))]
+
+
+def test_predictions_that_are_no_numbers_are_refused(learnt: LearntTable) -> None:
+    broken = copy.deepcopy(learnt.model)
+    with torch.no_grad():
+        broken.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(KalmaGroveError, match="predictions of side are no numbers; train the model again"):
+        impute(broken, learnt.codec, [learnt.values(x="9.50")], [{learnt.place("side")}], TERMS)
 
 
 def test_a_row_that_is_longer_than_the_context_is_refused(learnt: LearntTable) -> None:

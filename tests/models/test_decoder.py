@@ -293,6 +293,16 @@ def test_a_padded_batch_generates_what_its_rows_generate_alone(name: str, option
         assert torch.equal(together[row, count:], alone[0])
 
 
+def test_texts_in_two_axes_may_have_padding_behind_them_alone() -> None:
+    model, ids = variant("llama"), tokens(4)
+    axes = torch.arange(4)[None, :, None].expand(2, -1, 2)
+    behind, before = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    alone = model(ids[1:, :2], axes=axes[1:, :2]).logits
+    assert torch.allclose(model(ids, attention_mask=behind, axes=axes).logits[1:, :2], alone, atol=1e-5)
+    with pytest.raises(ValueError, match="put it behind the texts"):
+        model(ids, attention_mask=before, axes=axes)
+
+
 @pytest.mark.parametrize(
     ("row", "with_cache", "message"),
     [

@@ -109,6 +109,18 @@ def divided(rank: int, folder: str) -> None:
     end(model)
 
 
+def detached(rank: int, folder: str) -> None:
+    """The work divided, and the watch ended half-way."""
+    start(rank, folder)
+    model = nn.parallel.DistributedDataParallel(small_model())
+    optimizer = kalma(model.module, divide_work=True)
+    train(model, optimizer, rank, RANKS, steps=range(3))
+    optimizer.detach()
+    train(model, optimizer, rank, RANKS, steps=range(3, STEPS))
+    torch.save(model.module.state_dict(), f"{folder}/{rank}.pt")
+    end(model)
+
+
 def uneven_statistics(rank: int, folder: str) -> None:
     """Only the first rank saw the second matrix, and nobody the third."""
     start(rank, folder)
@@ -150,6 +162,12 @@ def test_ranks_that_divide_the_work_do_what_one_process_does(tmp_path: Path) -> 
         for name in ("momentum", "covariance", "exp_avg"):
             if name in state:
                 torch.testing.assert_close(gathered[index][name], state[name], atol=5e-3, rtol=0.02)
+
+
+def test_ranks_that_divided_the_work_stay_equal_when_the_watch_ends(tmp_path: Path) -> None:
+    first, second = on_all_ranks(detached, tmp_path)
+    for name, value in first.items():
+        assert torch.equal(second[name], value), name
 
 
 def test_the_costliest_matrices_are_divided_first() -> None:

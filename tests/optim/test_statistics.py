@@ -117,3 +117,14 @@ def test_autocast_does_not_make_the_covariance_coarse() -> None:
         layer(x)
     total, _ = statistics.take()[id(layer.weight)]
     assert torch.allclose(total[0], x.T @ x, atol=1e-4)
+
+
+def test_a_buffer_that_is_filled_anew_is_looked_at_anew() -> None:
+    layer = nn.Linear(3, 2, bias=False)
+    statistics = watching(layer, layer.weight)
+    buffer = torch.ones(4, 3)
+    layer(buffer)
+    buffer.zero_()
+    layer(buffer)
+    total, count = statistics.take()[id(layer.weight)]
+    assert count == 8 and torch.equal(total[0], torch.full((3, 3), 4.0))

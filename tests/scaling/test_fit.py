@@ -145,6 +145,12 @@ def test_what_cannot_determine_a_law_is_refused(points: Sequence[Point], message
         fit_law("hoffmann", points)
 
 
+def test_a_rank_asks_for_one_run_more() -> None:
+    points = [*points_of(power)[:3], replace(points_of(power)[-1], rank_ratio=0.5)]
+    with pytest.raises(KalmaGroveError, match=r"4 different runs are too few for the law power, .* more than 4"):
+        fit_law("power", points)
+
+
 def test_a_reader_is_warned() -> None:
     points = [replace(p, loss=hoffmann(p)) for p in (Point(n, d, 1.0) for n, d in product((1e5, 2e5, 3e5), (1e6, 2e6)))]
     found = " ".join(warnings_of(fit_law("hoffmann", points), points))

@@ -15,7 +15,7 @@ from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.scaling.advice import advice, markdown_of_advice
 from kalmagrove.scaling.claims import scaling_claims
 from kalmagrove.scaling.costs import model_cost
-from kalmagrove.scaling.figures import draw, save_figures
+from kalmagrove.scaling.figures import _with_size, draw, save_figures
 from kalmagrove.scaling.laws import predicted_loss, tokens_for_loss, worth_of_tokens
 from kalmagrove.scaling.measuring import model_of
 from kalmagrove.scaling.pages import write_pages
@@ -89,6 +89,11 @@ def test_tokens_for_a_loss_are_those_that_have_it() -> None:
         loss = predicted_loss(law, 1e6, 3e7, rank_ratio=0.5)
         assert tokens_for_loss(law, 1e6, loss, rank_ratio=0.5) == pytest.approx(3e7, rel=1e-6)
     assert tokens_for_loss(LLAMA, 1e6, 1.0) == math.inf
+
+
+def test_tokens_that_no_number_holds_are_infinite() -> None:
+    flat = {"E": 1.2, "A": 50.0, "alpha": 0.3, "B": 3.0, "beta": 0.01}
+    assert tokens_for_loss(flat, 1e7, predicted_loss(flat | {"B": 0.0}, 1e7, 1.0) + 1e-3) == math.inf
 
 
 def test_what_is_outside_the_fitted_runs_is_said(summary: dict[str, Any]) -> None:
@@ -185,6 +190,36 @@ def test_a_warning_holds_a_claim_back(summary: dict[str, Any]) -> None:
     warned["families"]["llama"]["laws"]["power"]["warnings"] = ["only 5 runs"]
     steeper, _ = scaling_claims(warned)["kalmagrove - llama"]
     assert steeper.verdict == "undecided" and steeper.reason.endswith("; only 5 runs")
+
+
+def test_families_may_have_any_name() -> None:
+    families = (*points("ours - big", OURS), *points("llama", LLAMA))
+    found = scaling_claims(summarise(PointTable(families, ()), resamples=20))
+    assert any("ours - big" in pair for pair in found)
+
+
+def test_a_fit_without_resamples_is_drawn_and_refuses_to_plan(summary: dict[str, Any], tmp_path: Path) -> None:
+    bare = copy.deepcopy(summary)
+    for family in bare["families"].values():
+        family["laws"]["hoffmann"]["draws"] = []
+    save_figures(bare, tmp_path)
+    family = families_of(bare)[0]
+    with pytest.raises(KalmaGroveError, match="the fit of llama keeps no resamples"):
+        best_for_flops(family, 1e13)
+    with pytest.raises(KalmaGroveError, match="the fit of llama keeps no resamples"):
+        cheapest_for_loss(family, 3.0)
+
+
+def test_a_chosen_rate_that_diverged_at_another_size_is_said(summary: dict[str, Any]) -> None:
+    check = {"size": "128x4", "valid_loss": {"0.5": 3.0, "1": None, "2": None}, "best": 0.5, "lost": None}
+    tuning = [{"family": "llama", "trials": [], "chosen": 1.0, "at_the_edge": False, "check": check}]
+    assert "at 128x4 x0.5 of it was best (the chosen one diverged)" in report_text(summary | {"tuning": tuning})
+
+
+def test_ranks_are_compared_with_full_rank_of_their_own_size_in_any_order() -> None:
+    shapes = [(1e6, 1.0, "a"), (8e6, 1.0, "b"), (8e5, 0.5, "a"), (6e6, 0.5, "b")]
+    rows = [{"parameters": n, "rank_ratio": rank, "size": size} for n, rank, size in shapes]
+    assert [row["parameters_at_full_rank"] for row in _with_size(rows)] == [1e6, 8e6, 1e6, 8e6]
 
 
 def test_the_report_is_written_whole(summary: dict[str, Any], tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kalmagrove.compression.calibration import loss_of
 from kalmagrove.errors import UsageError
 from kalmagrove.files import remove
 from kalmagrove.optim.build import build_optimizers, scale_learning_rates
+from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.kalma import Kalma
 from kalmagrove.precision import Precision, autocast
 from kalmagrove.training.checkpoint import (
@@ -183,8 +184,8 @@ def refit(
     """Trains the layers of ``model`` by Kalma and leaves it with the weights that were best on ``valid``.
 
     The loss is the Kullback-Leibler divergence of the predictions from the dense model's, in nats a token, and the
-    mean square of each layer's difference relative to the dense layer's power. Embeddings and the head stay as they
-    are.
+    mean square of each layer's difference relative to the dense layer's power. Embeddings, those of
+    positions too, and the head stay as they are.
 
     Args:
         model: Compressed.
@@ -296,9 +297,7 @@ def _kept_state(
 
 
 def _trained_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    frozen = {id(parameter) for parameter in model.get_input_embeddings().parameters()}
-    head = model.get_output_embeddings()
-    frozen |= set() if head is None else {id(parameter) for parameter in head.parameters()}
+    frozen = {id(table) for table in embeddings_of(model)}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) not in frozen)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

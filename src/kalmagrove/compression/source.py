@@ -154,6 +154,11 @@ def _check_config(folder: Path) -> None:
         raise KalmaGroveError(
             f"{folder} is of the architecture {config.model_type!r}; {', '.join(ARCHITECTURES)} can be compressed"
         )
+    if getattr(config, "document_mask", False):
+        raise KalmaGroveError(
+            f"{folder} was trained with model.document_mask, which compression does not know; compress a model that "
+            "was trained without it"
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise KalmaGroveError(
             f"{folder} holds quantised weights; compress the model that they were made from, and quantise after it"

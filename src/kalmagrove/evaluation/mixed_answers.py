@@ -81,14 +81,14 @@ def _answer(
     axes = prompt.axes if "patch" in modalities else None
     cache, most = model.new_cache(), min(most, room)
     tokens: list[int] = []
-    logits = model(prompt.tokens, features=prompt.features, axes=axes, cache=cache, logits_to_keep=1).logits
+    hidden = model.model(prompt.tokens, features=prompt.features, axes=axes, cache=cache).last_hidden_state
     while True:
-        token = int(logits[0, -1].argmax())
+        token = int(model.precise_logits(hidden[0, -1]).argmax())
         # Whatever is no text ends the answer too.
         is_whole = token == end or any(token == modality.placeholder for modality in modalities.values())
         if is_whole or len(tokens) == most:
             break
         tokens.append(token)
-        logits = model(torch.tensor([[token]], device=model.device), cache=cache, logits_to_keep=1).logits
+        hidden = model.model(torch.tensor([[token]], device=model.device), cache=cache).last_hidden_state
     text: str = codec.tokenizer.decode(tokens)
     return text, is_whole

@@ -9,6 +9,7 @@ import numpy as np
 
 from kalmagrove.data.tables.codec import TableCodec, Value
 from kalmagrove.data.tables.columns import DateColumn, NumberColumn, TextColumn
+from kalmagrove.errors import KalmaGroveError
 from kalmagrove.evaluation.table_predictions import PredictionTerms, Values, predict_column
 from kalmagrove.models.decoder import KalmaGroveForCausalLM
 
@@ -35,6 +36,9 @@ def impute(
 
     Returns:
         What is known of each row together with what was filled in.
+
+    Raises:
+        KalmaGroveError: A prediction is no number, as of a model whose weights are damaged.
     """
     filled: list[dict[int, Value]] = [{p: v for p, v in row.items() if v is not None} for row in rows]
     texts = {place for place, column in enumerate(codec.columns) if isinstance(column, TextColumn)}
@@ -46,6 +50,9 @@ def impute(
             predictions = predict_column(model, codec, [filled[number] for number in own], place, terms)
             assert isinstance(predictions, np.ndarray)
             values, doubts = _likely_values(codec, place, predictions), relative_entropy(predictions)
+            if np.isnan(doubts).any():
+                name = codec.columns[place].name
+                raise KalmaGroveError(f"the model's predictions of {name} are no numbers; train the model again")
             for number, value, doubt in zip(own, values, doubts.tolist(), strict=True):
                 found[number] = min(found[number], (doubt, place, value), key=lambda item: item[0])
         for number, (_, place, value) in enumerate(found):

@@ -45,7 +45,9 @@ class DecoderLayer(nn.Module):
 
     # Under the names that transformers' own switch for this looks for and sets.
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]] = partial(checkpoint, use_reentrant=False)
+    _gradient_checkpointing_func: Callable[..., tuple[Tensor, Tensor]] = staticmethod(
+        partial(checkpoint, use_reentrant=False)
+    )
 
     def __init__(self, config: KalmaGroveConfig, layer: int, bases: GroveBases | None) -> None:
         super().__init__()
@@ -329,7 +331,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         """
         cache = cache if cache is not None else past_key_values
         padding = _new_padding(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
-        if padding is not None and (features or axes is not None):
+        if padding is not None and (features or axes is not None) and bool(padding.any()):
             raise ValueError("features and axes are for texts without padding before them; put it behind the texts")
         if cache is None and padding is not None:
             # Without a cache the texts are moved to the front: what follows them cannot be seen.

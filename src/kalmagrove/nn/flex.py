@@ -34,9 +34,9 @@ def attention_of_scales(query: Tensor, key: Tensor, value: Tensor, resolution: R
         value: Likewise.
         resolution: The scales.
     """
-    length, keys = query.shape[2], key.shape[2]
+    length = query.shape[2]
     query, key, value = (F.pad(t, (0, 0, 0, -t.shape[2] % BLOCK)) for t in (query, key, value))
-    mask = _mask(resolution, length, keys, query.shape[2], key.shape[2], str(query.device))
+    mask = _mask(resolution, length, query.shape[2], key.shape[2], str(query.device))
     # Without a GPU the kernel's own reference runs, which holds all scores.
     kernel: Any = _compiled() if query.is_cuda else flex_attention
     attended = kernel(query, key, value, block_mask=mask)
@@ -51,9 +51,7 @@ def _compiled() -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=64)
-def _mask(
-    resolution: Resolution, length: int, keys: int, padded_length: int, padded_keys: int, device: str
-) -> BlockMask:
+def _mask(resolution: Resolution, length: int, padded_length: int, padded_keys: int, device: str) -> BlockMask:
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen, offset = key < 0, 0
         for index, (stride, reach) in enumerate(resolution.scales):

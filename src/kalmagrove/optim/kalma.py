@@ -138,7 +138,8 @@ class Kalma(torch.optim.Optimizer):
             model: The model that is trained.
             divide_work: Whether each matrix is whitened, and its statistics kept, by one rank alone. Then
                 ``state_dict`` holds this rank's part, and :meth:`gathered_state_dict` the whole. Every matrix must have
-                a gradient on all ranks or on none, and nothing can be saved when a rank is gone. Method "exact" is
+                a gradient on all ranks or on none, and nothing can be saved when a rank is gone. Once divided the
+                work stays so, as nobody has the whole state. Method "exact" is
                 the filter in one process only.
 
         Returns:
@@ -169,11 +170,10 @@ class Kalma(torch.optim.Optimizer):
         return len(statistics.watched)
 
     def detach(self) -> None:
-        """Stops watching; P stays as it is."""
+        """Stops watching; P stays as it is, and what ranks divided between them stays divided."""
         if self._statistics is not None:
             self._statistics.detach()
             self._statistics = None
-        self._division = None
 
     @property
     def divides_work(self) -> bool:

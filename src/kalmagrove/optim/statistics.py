@@ -62,6 +62,7 @@ class ActivationStatistics:
         self._seen_in_forward: set[int] = set()
         # Query, key and value projections read the same tensor: it is sampled and squared once.
         self._source: Tensor | None = None
+        self._source_version = 0
         self._source_rows: Tensor | None = None
         self._gram_rows: Tensor | None = None
         self._grams: dict[int, Tensor] = {}
@@ -133,8 +134,10 @@ class ActivationStatistics:
         return id(module) in self._seen_in_forward
 
     def _sampled(self, x: Tensor) -> Tensor:
-        if self._source is not x or self._source_rows is None:
-            self._source, self._source_rows = x, _sample_rows(x, self.token_mask, self.most_rows)
+        # A buffer that is filled anew is the same tensor in another version.
+        if self._source is not x or self._source_version != x._version or self._source_rows is None:
+            self._source, self._source_version = x, x._version
+            self._source_rows = _sample_rows(x, self.token_mask, self.most_rows)
         return self._source_rows
 
     def _add(self, key: int, rows: Tensor) -> None:

@@ -42,7 +42,8 @@ def scaling_claims(summary: Mapping[str, Any]) -> dict[str, list[Claim]]:
     }
     left_out = [f"left out: {line}" for line in summary["left_out"]]
     for pair, laws in summary["differences"].items():
-        careful = [line for name in pair.split(" - ") for line in warned[name]] + left_out
+        both = next((one, other) for one in warned for other in warned if f"{one} - {other}" == pair)
+        careful = [line for name in both for line in warned[name]] + left_out
         found[pair] = [_held_back(claim, careful) for claim in (_steeper(laws), _same_data_exponent(laws))]
     for name, family in summary["families"].items():
         if any("gamma" in law["constants"] for law in family["laws"].values()):

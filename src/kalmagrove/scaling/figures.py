@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,29 +99,26 @@ def _against_parameters(axes: Axes, families: Mapping[str, Any], colours: Mappin
         sizes = np.geomspace(min(p["parameters"] for p in points), max(p["parameters"] for p in points), 40)
         for tokens in dict.fromkeys((lengths[0], lengths[-1])):
             unique = min(point["unique_tokens"] or tokens for point in points if point["tokens"] == tokens)
-            line = [np.exp(_loss(fit["constants"], size, tokens, unique)) for size in sizes]
+            run = partial(_loss, tokens=tokens, unique_tokens=unique, rank_ratio=points[0]["rank_ratio"])
+            line = [np.exp(run(fit["constants"], size)) for size in sizes]
             axes.plot(sizes, line, color=colours[name], linewidth=1.4)
-            # A resample keeps the worth of repetition that the fit found.
-            repetition = {name: fit["constants"][name] for name in ("R*",) if name in fit["constants"]}
-            low, high = _band([draw | repetition for draw in fit["draws"]], sizes, tokens, unique)
-            axes.fill_between(sizes, low, high, color=colours[name], alpha=0.15, linewidth=0)
+            if fit["draws"]:
+                # A resample keeps the worth of repetition that the fit found.
+                repetition = {name: fit["constants"][name] for name in ("R*",) if name in fit["constants"]}
+                drawn = [[run(draw | repetition, size) for size in sizes] for draw in fit["draws"]]
+                low, high = np.exp(np.quantile(drawn, (0.025, 0.975), axis=0))
+                axes.fill_between(sizes, low, high, color=colours[name], alpha=0.15, linewidth=0)
             text = f" {format_count(tokens)}"
             axes.annotate(text, (sizes[-1], line[-1]), color=colours[name], fontsize=7, va="center")
     _finish(axes, "parameters (shared ones once)", "a  validation perplexity; lines: fitted law, 95 % band")
 
 
-def _loss(constants: Mapping[str, float], parameters: float, tokens: float, unique_tokens: float) -> float:
+def _loss(
+    constants: Mapping[str, float], parameters: float, *, tokens: float, unique_tokens: float, rank_ratio: float
+) -> float:
     """Of a run whose repeated tokens are worth what the law says."""
     worth = worth_of_tokens(tokens, unique_tokens, constants["R*"]) if "R*" in constants else tokens
-    return predicted_loss(constants, parameters, worth)
-
-
-def _band(
-    draws: Sequence[Mapping[str, float]], sizes: np.ndarray, tokens: float, unique_tokens: float
-) -> tuple[np.ndarray, np.ndarray]:
-    values = np.array([[_loss(constants, size, tokens, unique_tokens) for size in sizes] for constants in draws])
-    low, high = np.quantile(values, (0.025, 0.975), axis=0)
-    return np.exp(low), np.exp(high)
+    return predicted_loss(constants, parameters, worth, rank_ratio=rank_ratio)
 
 
 def _against(axes: Axes, families: Mapping[str, Any], colours: Mapping[str, str], key: str, label: str) -> None:
@@ -193,11 +191,12 @@ def _against_rank(axes: Axes, families: Mapping[str, Any], colours: Mapping[str,
 
 
 def _with_size(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Points with the parameters that their size has at full rank; runs of one size follow one another."""
+    """Points with the parameters that their size has at full rank; those of unnamed sizes follow one another."""
     found, full = [], None
+    by_size = {point["size"]: point["parameters"] for point in points if point["rank_ratio"] == 1 and point.get("size")}
     for point in points:
         full = point["parameters"] if point["rank_ratio"] == 1 else full
-        found.append({**point, "parameters_at_full_rank": full})
+        found.append({**point, "parameters_at_full_rank": by_size.get(point.get("size"), full)})
     return found
 
 

@@ -107,7 +107,8 @@ def _with_repetition(fit: Fit, points: Sequence[Point]) -> Fit:
 
 
 def _check_points(law: LawName, points: Sequence[Point]) -> None:
-    needed = 3 if law == "power" else 5
+    # A resample needs more different runs than the law has unknowns; ranks bring one more.
+    needed = (3 if law == "power" else 5) + (len({point.rank_ratio for point in points}) > 1)
     different = {(point.parameters, point.tokens, point.rank_ratio) for point in points}
     if len(different) <= needed:
         raise KalmaGroveError(

@@ -150,7 +150,8 @@ def tokens_for_loss(
     )
     if loss <= with_all:
         return float("inf")
-    return float((constants["B"] / (loss - with_all)) ** (1 / constants["beta"]))
+    exponent = np.log(constants["B"] / (loss - with_all)) / constants["beta"]
+    return float(np.exp(exponent)) if exponent < 700 else float("inf")
 
 
 def effective_tokens(point: Point, worth_of_repetition: float | None) -> float:

@@ -142,6 +142,14 @@ def _family(name: str, found: Mapping[str, Any]) -> FittedFamily:
     )
 
 
+def _require_draws(family: FittedFamily) -> None:
+    if not family.draws:
+        raise KalmaGroveError(
+            f"the fit of {family.name} keeps no resamples, of which intervals are made; make it again with kalmagrove "
+            "scale fit"
+        )
+
+
 def candidates(family: FittedFamily, models: Mapping[str, Any] | None, largest: float) -> list[Candidate]:
     """Models from the smallest to one of ``largest`` parameters.
 
@@ -206,6 +214,7 @@ def best_for_flops(
         models: How the sweep built its models.
         unique_tokens: Of the text; more are read again, and are worth less.
     """
+    _require_draws(family)
     # Compute-optimal models read about as many tokens as they have parameters, times less than a thousand.
     possible = candidates(family, models, largest=math.sqrt(flops / 6) * 4)
 
@@ -236,6 +245,7 @@ def cheapest_for_loss(family: FittedFamily, loss: float, models: Mapping[str, An
         loss: Nats a token.
         models: How the sweep built its models.
     """
+    _require_draws(family)
     possible = candidates(family, models, largest=1e4 * family.range["parameters"][1])
 
     def flops_of(model: Candidate, constants: Mapping[str, float]) -> float:

@@ -33,6 +33,7 @@ class Point:
         seconds: Of the training steps on one worker; None where they were not timed.
         seed: Runs that differ in nothing else are repetitions of one point.
         vocabulary: A name of the tokeniser; losses of different ones cannot be compared.
+        size: A name of the shape, which models of different ranks share; empty where there is none.
     """
 
     parameters: float
@@ -45,6 +46,7 @@ class Point:
     seconds: float | None = None
     seed: int = 0
     vocabulary: str = ""
+    size: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _point(path: Path, number: int, row: Mapping[str, Any]) -> Point:
         value = row.get(name)
         if value is None or value == "":
             continue
-        if name in ("family", "vocabulary"):
+        if name in ("family", "vocabulary", "size"):
             values[name] = str(value)
             continue
         try:
@@ -159,4 +161,6 @@ def _reason_against(point: Point) -> str | None:
             return f"its {name} is {value} (a run that did not finish, or diverged)"
         if value <= 0:
             return f"its {name} is {value:g}, and must be positive"
+    if point.unique_tokens is not None and not 0 < point.unique_tokens < math.inf:
+        return f"its unique_tokens is {point.unique_tokens:g}, and must be positive"
     return None

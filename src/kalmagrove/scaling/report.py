@@ -67,7 +67,9 @@ def _tuning(tuning: list[Mapping[str, Any]]) -> list[str]:
         )
         check = family["check"]
         outcome = "" if check is None else f"; at {check['size']} x{check['best']:g} of it was best"
-        lost = "" if check is None or check["best"] == 1 else f" (by {check['lost']:.4f} nats)"
+        lost = ""
+        if check is not None and check["best"] != 1:
+            lost = " (the chosen one diverged)" if check["lost"] is None else f" (by {check['lost']:.4f} nats)"
         edge = ", at the edge of what was tried" if family["at_the_edge"] else ""
         lines.append(
             f"- {family['family']}: learning rate x{family['chosen']:.3g}{edge} ({tried or 'not tuned'}){outcome}{lost}"

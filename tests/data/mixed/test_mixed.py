@@ -154,6 +154,13 @@ def test_what_the_model_never_saw_is_refused(tmp_path: Path) -> None:
         codec.parts(row, row.pieces)
 
 
+def test_a_split_may_have_several_files(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "valid", "test"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    found = [(split, row.pieces[0].text) for split, row in split_mixed(str(tmp_path), seed=0)]
+    assert found == [("train", "train-0"), ("train", "train-1"), ("valid", "valid"), ("test", "test")]
+
+
 def test_all_lines_about_one_image_are_in_one_split(tmp_path: Path) -> None:
     generator = np.random.Generator(np.random.PCG64(0))
     found = []

@@ -130,6 +130,8 @@ CHANGES: dict[str, tuple[list[Any], Any, str]] = {
     "no columns": (["columns"], [], "lists no columns"),
     "a column that is no object": (["columns", 0], "size", "a column must be dict"),
     "an unknown kind": (["columns", 0, "kind"], "colour", "kind must be one of number, date, category, text"),
+    "a kind that is a list": (["columns", 0, "kind"], [], "not one of a table"),
+    "a separator of two signs": (["columns", 2, "format", "separator"], "ab", "not one of a table"),
     "a name that is no text": (["columns", 0, "name"], 3, "name must be str"),
     "missing values neither there nor not": (["columns", 0, "has_missing"], 1, "has_missing must be bool"),
     "too much": (["columns", 3, "values"], ["a"], "a column of kind text has name, has_missing; got"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,24 +71,27 @@ def split_mixed(source: str, *, seed: int) -> Iterator[tuple[str, MixedRow]]:
     """Stream the lines of a source with the split that each belongs to, always in the same order.
 
     Args:
-        source: A .jsonl file, or a folder of which train.jsonl, valid.jsonl and test.jsonl are read; a split that is
-            missing there is taken out of train.
+        source: A .jsonl file, or a folder of which train.jsonl, valid.jsonl and test.jsonl are read, or several
+            of each as in train-0.jsonl; a split that is missing there is taken out of train.
         seed: Divides the lines where they have no splits.
 
     Raises:
         KalmaGroveError: There is no such file, or a line cannot be used; it is named.
     """
-    return split_examples(source, {split: iter_mixed(file) for split, file in _files(source).items()}, seed=seed)
+    rows = {split: chain.from_iterable(map(iter_mixed, files)) for split, files in _files(source).items()}
+    return split_examples(source, rows, seed=seed)
 
 
-def _files(source: str) -> dict[str | None, Path]:
+def _files(source: str) -> dict[str | None, list[Path]]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
-        return {None: path}
+        return {None: [path]}
     found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
-    by_split: dict[str | None, Path] = {
-        split: file for file in found if (split := split_of_file(file.name)) is not None
-    }
+    by_split: dict[str | None, list[Path]] = {}
+    for file in found:
+        split = split_of_file(file.name)
+        if split is not None:
+            by_split.setdefault(split, []).append(file)
     if "train" not in by_split:
         raise KalmaGroveError(f"{source} is no .jsonl file, and no folder with a train.jsonl; give one of these")
     return by_split

@@ -193,7 +193,7 @@ def open_codec(schema: dict[str, Any], tokenizer: Tokenizer) -> TableCodec:
         if not isinstance(schema.get("columns"), list) or not schema["columns"]:
             raise ValueError("it lists no columns")
         columns = tuple(column_from_json(column) for column in schema["columns"])
-    except (ValueError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise KalmaGroveError(f"the schema is not one of a table ({error}); train the model again") from error
     codec = TableCodec(columns, tokenizer)
     if len(codec.places) < len(columns):
