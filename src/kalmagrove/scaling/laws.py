@@ -143,14 +143,16 @@ def tokens_for_loss(
     """Tokens after which a model of this size has this loss; infinity where no number of them is enough."""
     if "c" in constants:
         rest = loss - predicted_loss(constants, parameters, 1.0, rank_ratio=rank_ratio)
-        exponent = -rest / constants["beta"]
-        return float(np.exp(exponent)) if exponent < 700 else float("inf")
+        return _exp_or_infinity(-rest / constants["beta"])
     with_all = constants["E"] + constants["A"] * parameters ** -constants["alpha"] * rank_ratio ** -constants.get(
         "gamma", 0.0
     )
     if loss <= with_all:
         return float("inf")
-    exponent = np.log(constants["B"] / (loss - with_all)) / constants["beta"]
+    return _exp_or_infinity(np.log(constants["B"] / (loss - with_all)) / constants["beta"])
+
+
+def _exp_or_infinity(exponent: float) -> float:
     return float(np.exp(exponent)) if exponent < 700 else float("inf")
 
 
