@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby
+from typing import TypeVar
 
 from kalmagrove.data.sources import (
     LONGEST_DOCUMENT,
@@ -22,6 +23,7 @@ from kalmagrove.data.synthetic.options import is_synthetic
 from kalmagrove.data.synthetic.source import synthetic_splits
 from kalmagrove.errors import KalmaGroveError
 
+Item = TypeVar("Item")
 SPLITS = ("train", "valid", "test")
 HELD_OUT = {"valid": 0.02, "test": 0.02}
 """Expected shares of a text's documents."""
@@ -115,13 +117,21 @@ def given_splits(source: str | None) -> dict[str, Iterator[str]]:
             if name in _OUR_NAMES:
                 found.setdefault(_OUR_NAMES[name], []).append(documents)
     elif source is not None:
-        for file in source_files(source):
-            split = split_of_file(file.name)
-            if split is not None and ".py" not in file.path.suffixes:
-                found.setdefault(split, []).append(iter_file(file.path))
+        files = (file for file in source_files(source) if ".py" not in file.path.suffixes)
+        found = by_split((file.name, iter_file(file.path)) for file in files)
     if "train" not in found or len(found) == 1:
         return {}
     return {split: chain.from_iterable(found[split]) for split in SPLITS if split in found}
+
+
+def by_split(named: Iterable[tuple[str, Item]]) -> dict[str, list[Item]]:
+    """What comes with names of files, by the split that each name says; the others are left out."""
+    found: dict[str, list[Item]] = {}
+    for name, item in named:
+        split = split_of_file(name)
+        if split is not None:
+            found.setdefault(split, []).append(item)
+    return found
 
 
 def split_of_file(name: str) -> str | None:

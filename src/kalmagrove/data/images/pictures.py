@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kalmagrove.data.images.reading import FILE_LEVELS, OTHER_SUFFIXES, SUFFIXES, read_image
-from kalmagrove.data.splits import SPLITS, split_of_file
+from kalmagrove.data.splits import SPLITS, by_split
 from kalmagrove.errors import KalmaGroveError
 
 LISTS = (".jsonl", ".npz")
@@ -73,11 +73,7 @@ def find_pictures(path: str) -> dict[str, Pictures]:
 
 def _by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
     """Files or folders that are named after splits: train and at least one other, or nothing."""
-    found: dict[str, list[Path]] = {}
-    for path in paths:
-        split = split_of_file(path.name if path.suffix.lower() in LISTS else f"{path.name}.")
-        if split is not None:
-            found.setdefault(split, []).append(path)
+    found = by_split((path.name if path.suffix.lower() in LISTS else f"{path.name}.", path) for path in paths)
     return {split: found[split] for split in SPLITS if split in found} if "train" in found and len(found) > 1 else {}
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from kalmagrove.data.compressed import is_unicode, json_lines
 from kalmagrove.data.example_splits import split_examples
 from kalmagrove.data.images.lists import path_below
-from kalmagrove.data.splits import split_of_file
+from kalmagrove.data.splits import by_split
 from kalmagrove.data.tables.cells import Row
 from kalmagrove.data.tables.reading import json_row
 from kalmagrove.errors import KalmaGroveError
@@ -86,15 +86,11 @@ def _files(source: str) -> dict[str | None, list[Path]]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
         return {None: [path]}
-    found = sorted(path.glob("*.jsonl")) if path.is_dir() else []
-    by_split: dict[str | None, list[Path]] = {}
-    for file in found:
-        split = split_of_file(file.name)
-        if split is not None:
-            by_split.setdefault(split, []).append(file)
-    if "train" not in by_split:
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    found = by_split((file.name, file) for file in files)
+    if "train" not in found:
         raise KalmaGroveError(f"{source} is no .jsonl file, and no folder with a train.jsonl; give one of these")
-    return by_split
+    return dict(found.items())
 
 
 def iter_mixed(path: Path) -> Iterator[MixedRow]:

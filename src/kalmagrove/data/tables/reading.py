@@ -16,7 +16,7 @@ from typing import Any
 from kalmagrove.data.compressed import COMPRESSION_SUFFIXES, is_unicode, iter_lines, open_parquet
 from kalmagrove.data.example_splits import split_examples
 from kalmagrove.data.sources import kind_of_file, source_files
-from kalmagrove.data.splits import split_of_file
+from kalmagrove.data.splits import by_split
 from kalmagrove.data.tables.cells import MISSING_WORDS, Cell, Row
 from kalmagrove.errors import KalmaGroveError
 
@@ -40,12 +40,8 @@ def table_files(source: str) -> dict[str | None, list[Path]]:
     if not source or not path.is_dir():
         raise KalmaGroveError(f"there is no file or folder {source!r}; check the path of the table")
     files = source_files(source, TABLE_SUFFIXES)
-    by_split: dict[str | None, list[Path]] = {}
-    for file in files:
-        split = split_of_file(file.name)
-        if split is not None:
-            by_split.setdefault(split, []).append(file.path)
-    return by_split if "train" in by_split and len(by_split) > 1 else {None: [file.path for file in files]}
+    found = by_split((file.name, file.path) for file in files)
+    return dict(found.items()) if "train" in found and len(found) > 1 else {None: [file.path for file in files]}
 
 
 def split_rows(source: str, *, seed: int) -> Iterator[tuple[str, Row]]:
