@@ -28,7 +28,7 @@ from kalmagrove.reproduction.evidence import (
     trained_rates,
 )
 from kalmagrove.reproduction.headline import headline
-from kalmagrove.reproduction.origin import PLAN, keep_evidence, read_origin
+from kalmagrove.reproduction.origin import PLAN, Origin, keep_evidence, read_origin
 from kalmagrove.reproduction.page import write_page
 from kalmagrove.reproduction.pairs import PAPER, doubts_about, pairs_of
 from kalmagrove.reproduction.plan import SCALES, STUDIES, load_plan
@@ -472,6 +472,20 @@ def test_the_headline_names_every_control_and_how_sure_it_is(make_results: Calla
         slim=(26.9, 28.0, 29.0)
     )
     assert "of slim-nano's test perplexity (target below 1.00x, **missed**)" in sentence(slim=(25.0, 25.1, 25.2))
+
+
+def test_a_longer_context_is_shown_and_decides_nothing_about_table_1(
+    make_results: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    worse = {"ours": GOOD["llama"], "llama": GOOD["ours"]}
+    studies = {name: make_study(make_results, name, **GOOD) for name in PAPER}
+    studies["long_context"] = make_study(make_results, "long_context", **worse)
+    origin = Origin("laptop", list(studies), "kalmagrove reproduce --scale laptop")
+    answers = {answer.name: answer for answer in write_page(origin, Evidence(studies, None, None), tmp_path)}
+    assert answers["C3"].verdict == "supported"
+    page = (tmp_path / "claims.md").read_text()
+    assert "- **long_context**, context 256: kalmagrove-nano against" in page
+    assert "Table 1's models is answered from base and large alone" in page
 
 
 def test_the_rank_is_judged_by_runs_of_its_own(make_results: Callable[..., dict[str, Any]]) -> None:

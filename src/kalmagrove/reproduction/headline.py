@@ -28,7 +28,8 @@ def headline(pair: Pair) -> str:
     if same_optimizer is not None and same_optimizer.name != rival.name:
         ratio = shown(pair.perplexity("test", same_optimizer))
         parts.append(f"{ratio} of that of {described(same_optimizer)}, the same Transformer with our optimiser")
-    return f"**{pair.name}**: {ours.name} against {described(rival)} has {', '.join(parts)}."
+    context = pair.study.results.budget.context_length
+    return f"**{pair.name}**, context {context:,}: {ours.name} against {described(rival)} has {', '.join(parts)}."
 
 
 def _perplexity(pair: Pair, rival: Model, target: float, *, is_strict: bool = False) -> list[str]:

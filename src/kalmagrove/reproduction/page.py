@@ -16,8 +16,8 @@ from kalmagrove.reproduction.claims import answer_claims
 from kalmagrove.reproduction.evidence import Evidence, Study, mean_of
 from kalmagrove.reproduction.headline import headline
 from kalmagrove.reproduction.origin import Origin
-from kalmagrove.reproduction.pairs import PAPER, PaperRow, pairs_of
-from kalmagrove.reproduction.plan import LADDER, STUDIES
+from kalmagrove.reproduction.pairs import PAPER, Pair, PaperRow, pair_in, pairs_of
+from kalmagrove.reproduction.plan import LADDER, LONG_CONTEXT, STUDIES
 
 VERDICTS = ("supported", "not supported", "undecided", "not measured")
 
@@ -35,7 +35,7 @@ def page(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
     """The page as Markdown."""
     parts = [
         "# The paper's claims, measured",
-        "\n".join(f"- {headline(pair)}" for pair in pairs_of(evidence).values() if pair is not None),
+        "\n".join(f"- {headline(pair)}" for pair in _shown_pairs(evidence)),
         f"    {origin.command}",
         _summary(origin, evidence, answers),
         "## Table 1",
@@ -45,6 +45,12 @@ def page(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
         *_studies(origin, evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _shown_pairs(evidence: Evidence) -> list[Pair]:
+    """Table 1's and, for what a longer context changes, that of the study of it."""
+    found = [*pairs_of(evidence).values(), pair_in(evidence, LONG_CONTEXT)]
+    return [pair for pair in found if pair is not None]
 
 
 def _summary(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
@@ -61,6 +67,8 @@ def _summary(origin: Origin, evidence: Evidence, answers: list[Answer]) -> str:
         "are shown, to two places.",
         f"Of fourteen claims: {counted}. Scale `{origin.scale}`, and no further than that.",
     ]
+    if pair_in(evidence, LONG_CONTEXT) is not None:
+        lines.append(f"What is said of Table 1's models is answered from {' and '.join(PAPER)} alone.")
     if missing:
         lines.append(f"Not begun: {', '.join(missing)}.")
     unfinished = [study.name for study in evidence.studies.values() if not _is_finished(study.results)]

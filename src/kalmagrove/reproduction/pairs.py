@@ -134,16 +134,15 @@ def with_doubts(reason: str, doubts: Sequence[str]) -> str:
 
 
 def pairs_of(evidence: Evidence) -> dict[str, Pair | None]:
-    """Both pairs of Table 1; None where one is not there, or no plain Transformer was trained in it."""
-    pairs: dict[str, Pair | None] = {}
-    for name in PAPER:
-        study = evidence.studies.get(name)
-        ours = study.find("kalmagrove") if study is not None else None
-        pairs[name] = None
-        rival = None if study is None else study.plain_transformer
-        if study is not None and ours is not None and rival is not None:
-            pairs[name] = Pair(name, study, ours, rival)
-    return pairs
+    """Both pairs of Table 1."""
+    return {name: pair_in(evidence, name) for name in PAPER}
+
+
+def pair_in(evidence: Evidence, name: str) -> Pair | None:
+    """The pair of a study, None where it is not there or has no KalmaGrove or no plain Transformer."""
+    study = evidence.studies.get(name)
+    ours, rival = (None, None) if study is None else (study.find("kalmagrove"), study.plain_transformer)
+    return None if study is None or ours is None or rival is None else Pair(name, study, ours, rival)
 
 
 def each(pairs: dict[str, Pair | None], text: Callable[[Pair], str]) -> str:

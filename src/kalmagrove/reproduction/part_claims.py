@@ -9,6 +9,7 @@ from kalmagrove.report.statistics import CONFIDENCE, FEWEST_SHOWN, Interval, mea
 from kalmagrove.reproduction.answers import Answer, Verdict, all_of, judge_below, judge_times, shown, shown_time
 from kalmagrove.reproduction.evidence import Evidence, Study, TrainedRates, part_to_reach, trained_rates
 from kalmagrove.reproduction.pairs import doubts_about, held_back, judge_perplexity, lost_seeds, with_doubts
+from kalmagrove.reproduction.plan import LONG_CONTEXT
 from kalmagrove.reproduction.table_claims import in_seconds, scaled
 
 CLOSE = 0.1
@@ -126,7 +127,7 @@ def alone(evidence: Evidence, name: str, part: str) -> Answer:
     lines: list[str] = []
     verdicts: list[Verdict] = []
     doubts: list[str] = []
-    for study_name in ("base", "long_context") if part == "arnold" else ("base",):
+    for study_name in ("base", LONG_CONTEXT) if part == "arnold" else ("base",):
         study = evidence.studies.get(study_name)
         plain, changed = (study.find("llama", *p, optim="adamw") if study else None for p in ((), (part,)))
         if study is None or plain is None or changed is None:

@@ -17,11 +17,12 @@ from kalmagrove.training.config import config_of
 
 SCALES = ("smoke", "laptop", "paper")
 LADDER = "ladder"
+LONG_CONTEXT = "long_context"
 STUDIES = {
     "base": "Table 1, the smaller pair, with the controls llama-plus and slim and each part alone",
     "large": "Table 1, the larger pair, with the controls llama-plus and slim",
     "optimizers": "AdamW, Muon, SOAP and Kalma on both architectures, with more learning rates",
-    "long_context": "Arnold alone at a longer context",
+    LONG_CONTEXT: "the smaller pair and Arnold alone at a longer context",
     "hierarchy": "the synthetic language with a hierarchy",
     "recall": "synthetic recall at a distance",
     LADDER: "the scaling ladder",
