@@ -40,9 +40,10 @@ from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.optim.build import keep_state
 from kalmagrove.optim.schedules import learning_rate_factor
 from kalmagrove.precision import autocast, choose_precision
+from kalmagrove.quantities import parse_count
 from kalmagrove.report.statistics import Interval, mean_interval
 from kalmagrove.training.checkpoint_model import train_config_of
-from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig, parse_count
+from kalmagrove.training.config import DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.trainer import train

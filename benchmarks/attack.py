@@ -35,6 +35,7 @@ from kalmagrove.data.packing import PackedText, open_packed
 from kalmagrove.errors import UsageError
 from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.models.accounting import count_parameters
+from kalmagrove.quantities import parse_count
 from kalmagrove.report.statistics import mean_interval, ratio_interval
 from kalmagrove.reproduction.answers import shown
 from kalmagrove.training.config import (
@@ -44,7 +45,6 @@ from kalmagrove.training.config import (
     OptimConfig,
     OptimizerName,
     TrainConfig,
-    parse_count,
     plain_options,
 )
 from kalmagrove.training.environment import describe_environment

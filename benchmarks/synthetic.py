@@ -35,16 +35,9 @@ from kalmagrove.evaluation.synthetic import entropy_rate
 from kalmagrove.files import write_json_atomic, write_text_atomic
 from kalmagrove.models.accounting import count_parameters
 from kalmagrove.models.presets import FAMILIES, SIZES
+from kalmagrove.quantities import parse_count
 from kalmagrove.report.statistics import Interval, mean_interval
-from kalmagrove.training.config import (
-    BASELINE_FAMILIES,
-    DataConfig,
-    LoopConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    parse_count,
-)
+from kalmagrove.training.config import BASELINE_FAMILIES, DataConfig, LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingRun
 from kalmagrove.training.trainer import score_split

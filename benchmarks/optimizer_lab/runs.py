@@ -12,7 +12,8 @@ import torch
 
 from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.data.packing import PackedText
-from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, TrainConfig, parse_count
+from kalmagrove.quantities import parse_count
+from kalmagrove.training.config import LoopConfig, ModelConfig, OptimConfig, TrainConfig
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.run import TrainingDiverged, TrainingRun
 from kalmagrove.training.trainer import score_split

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from kalmagrove.commands.parsing import make_parser, parse, print_json, require_left_out, say
 from kalmagrove.compression.options import CompressOptions
 from kalmagrove.live_display import LiveDisplay, can_draw
-from kalmagrove.training.config import parse_count
+from kalmagrove.quantities import parse_count
 
 if TYPE_CHECKING:
     from kalmagrove.compression.compress import CompressResult

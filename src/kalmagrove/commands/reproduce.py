@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser
 from kalmagrove.commands.parsing import command_text, make_parser, open_data, parse, print_json
 from kalmagrove.commands.processes import add_nproc, check_worker_count, started_processes, together
 from kalmagrove.errors import UsageError
+from kalmagrove.quantities import parse_list
 from kalmagrove.reproduction.answers import Answer
-from kalmagrove.training.config import parse_list
 
 EXAMPLES = """\
   kalmagrove reproduce --scale smoke --out runs/smoke                      (minutes on two cores, shows the way)

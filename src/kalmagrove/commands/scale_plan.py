@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from kalmagrove.commands.parsing import make_parser, open_text, parse, print_json, require_left_out, say
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import DataConfig, parse_count
+from kalmagrove.quantities import parse_count
+from kalmagrove.training.config import DataConfig
 
 EXAMPLES = """\
   kalmagrove scale plan runs/ladder --flops 1e18

@@ -19,14 +19,10 @@ from kalmagrove.comparison.side_by_side import train_side_by_side
 from kalmagrove.comparison.timing import time_in_turns
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.files import read_json_object, write_json_atomic
+from kalmagrove.quantities import parse_list
 from kalmagrove.report.page import write_report
 from kalmagrove.report.results import Results
-from kalmagrove.training.config import (
-    NEUTRAL_OPTIONS,
-    parse_list,
-    plain_options,
-    usual_options,
-)
+from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment
 from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, further_trial, untried_neighbour
 from kalmagrove.training.run_folder import RunFolder, open_run_folder

@@ -8,6 +8,7 @@ from typing import NamedTuple, get_args
 
 from kalmagrove.errors import UsageError
 from kalmagrove.models.presets import FAMILIES, SIZES, split_preset
+from kalmagrove.quantities import parse_count, parse_duration, parse_list, parse_seeds
 from kalmagrove.training.config import (
     DataConfig,
     LoopConfig,
@@ -16,10 +17,6 @@ from kalmagrove.training.config import (
     OptimizerName,
     TrainConfig,
     default_optimizer,
-    parse_count,
-    parse_duration,
-    parse_list,
-    parse_seeds,
     split_optimizer,
 )
 from kalmagrove.training.rate_trials import trial_scales

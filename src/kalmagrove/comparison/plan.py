@@ -8,7 +8,7 @@ from collections.abc import Callable
 from kalmagrove.comparison.config import CompareConfig
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.errors import UsageError
-from kalmagrove.training.config import parse_duration
+from kalmagrove.quantities import parse_duration
 from kalmagrove.training.run import TrainingRun
 from kalmagrove.world import ALONE, World
 

@@ -24,13 +24,13 @@ from kalmagrove.optim.build import build_optimizers, scale_learning_rates
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.kalma import Kalma
 from kalmagrove.precision import Precision, autocast
+from kalmagrove.quantities import parse_count, parse_duration
 from kalmagrove.training.checkpoint import (
     CheckpointError,
     latest_checkpoint,
     naming_checkpoint,
     save_checkpoint,
 )
-from kalmagrove.training.config import parse_count, parse_duration
 
 LEARNING_RATE = 1e-3
 HIDDEN_WEIGHT = 1.0

@@ -10,6 +10,7 @@ from typing import Any
 
 from kalmagrove.errors import UsageError
 from kalmagrove.models.presets import FAMILIES, preset_options, split_parts
+from kalmagrove.quantities import parse_count, parse_list, parse_seeds
 from kalmagrove.training.config import (
     BASELINE_FAMILIES,
     DataConfig,
@@ -20,9 +21,6 @@ from kalmagrove.training.config import (
     TrainConfig,
     default_optimizer,
     is_plain_transformer,
-    parse_count,
-    parse_list,
-    parse_seeds,
     split_optimizer,
 )
 from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, further_trial, trial_scales

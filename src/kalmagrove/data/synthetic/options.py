@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeGuard
 
 from kalmagrove.errors import UsageError
+from kalmagrove.quantities import SUFFIXES
 
 PREFIX = "synthetic:"
 
 _COUNT = re.compile(r"(\d{1,19})([kmb]?)")
-_SUFFIX = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
 def _option(default: int, low: int, high: int) -> Any:
@@ -123,7 +123,7 @@ def parse_synthetic(source: str) -> SyntheticOptions:
         match = _COUNT.fullmatch(text)
         if match is None:
             raise UsageError(f"{PREFIX}{task}: {name}={text} is no whole number; its options: {_listed(task)}")
-        given[name] = int(match[1]) * _SUFFIX[match[2]]
+        given[name] = int(match[1]) * SUFFIXES[match[2]]
     return TASKS[task](**given)
 
 
