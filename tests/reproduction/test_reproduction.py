@@ -21,11 +21,9 @@ from kalmagrove.reproduction.evidence import (
     OTHER_TEXT,
     Evidence,
     Study,
-    TrainedRates,
     load_evidence,
     read_other_text,
     tokens_to_reach,
-    trained_rates,
 )
 from kalmagrove.reproduction.headline import headline
 from kalmagrove.reproduction.origin import PLAN, Origin, keep_evidence, read_origin
@@ -222,87 +220,6 @@ def test_more_parameters_are_not_half_of_them(make_results: Callable[..., dict[s
 def test_nothing_is_judged_from_nothing() -> None:
     assert judge_below([]) == judge_below([None]) == "not measured"
     assert {answer.verdict for answer in answer_claims(Evidence({}, None, None))} == {"not measured"}
-
-
-def test_the_width_of_the_rates_that_train(make_results: Callable[..., dict[str, Any]]) -> None:
-    record = make_results()
-    record["models"][0]["lr_trials"] = [
-        {"lr_scale": scale, "valid_loss": loss} for scale, loss in ((0.5, 3.3), (1.0, 3.05), (2.0, 3.0), (4.0, None))
-    ]
-    model = Results.from_dict(record).models[0]
-    assert trained_rates(model, 0.1) == TrainedRates(2.0, is_whole=True)
-    # Nothing worse was tried below, so there may be more.
-    assert trained_rates(model, 1.0) == TrainedRates(4.0, is_whole=False)
-    record["models"][0]["lr_trials"] = [{"lr_scale": 1.0, "valid_loss": 3.0}, {"lr_scale": 2.0, "valid_loss": None}]
-    assert trained_rates(Results.from_dict(record).models[0], 0.1) is None
-
-
-def stability(make_results: Callable[..., dict[str, Any]], ours: list[float], theirs: list[float]) -> Answer:
-    """C6 with calm losses, and the validation losses of trials at x0.25 ... for each side."""
-    return claims_of(Study("base", Results.from_dict(stability_record(make_results, ours, theirs)), {}))["C6"]
-
-
-def stability_record(
-    make_results: Callable[..., dict[str, Any]], our_rates: list[float], their_rates: list[float], **options: Any
-) -> dict[str, Any]:
-    record = make_results(**GOOD | options)
-    record["trials"], record["trial_tokens"], record["budget"]["tokens"] = 3, 60_000, 60_000
-    for model, losses in zip(record["models"], (their_rates, our_rates), strict=True):
-        model["lr_trials"] = [{"lr_scale": 2.0 ** (n - 2), "valid_loss": loss} for n, loss in enumerate(losses)]
-        for run in model["runs"]:
-            run["spikes"] = 0.0
-    text = json.dumps(record).replace('"ours"', '"llama-nano+kalma"').replace('"llama"', '"llama-nano"')
-    record = json.loads(text)
-    record["models"][1] |= {"preset": "llama-nano", "optim": "kalma"}
-    return record
-
-
-def test_wider_rates_count_where_the_other_side_s_were_seen_to_end(make_results: Callable[..., dict[str, Any]]) -> None:
-    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
-    assert stability(make_results, wide, narrow).verdict == "supported"
-    assert stability(make_results, narrow, wide).verdict == "not supported"
-    assert stability(make_results, wide, wide).verdict == "undecided"
-    # AdamW's rates go on where nobody looked.
-    assert stability(make_results, wide, [4.0, 3.5, 3.04, 3.0]).verdict == "undecided"
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "verdict"),
-    [
-        # One run of three is what chance gives.
-        ((), (0,), "undecided"),
-        ((), (0, 1, 2, 3), "supported"),
-        ((0, 1, 2, 3), (), "not supported"),
-    ],
-)
-def test_runs_that_diverged_count_where_chance_does_not_explain_them(
-    ours: tuple[int, ...], theirs: tuple[int, ...], verdict: str, make_results: Callable[..., dict[str, Any]]
-) -> None:
-    rates = [4.0, 3.05, 3.0, 3.05, 4.0]
-    record = stability_record(make_results, rates, rates, ours=(27.0,) * 4, llama=(30.0,) * 4)
-    for model, lost in zip(record["models"], (theirs, ours), strict=True):
-        for seed in lost:
-            model["runs"][seed].update(diverged=True, valid=None, test=None)
-    assert claims_of(Study("base", Results.from_dict(record), {}))["C6"].verdict == verdict
-
-
-def test_one_seed_says_nothing_about_stability(make_results: Callable[..., dict[str, Any]]) -> None:
-    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
-    record = stability_record(make_results, wide, narrow, ours=(27.0,), llama=(30.0,))
-    assert claims_of(Study("base", Results.from_dict(record), {}))["C6"].verdict == "undecided"
-
-
-def test_stability_is_read_where_most_rates_were_tried(make_results: Callable[..., dict[str, Any]]) -> None:
-    wide, narrow = [4.0, 3.05, 3.0, 3.05, 4.0], [4.0, 3.5, 3.0, 3.5, 4.0]
-    record = stability_record(make_results, [3.05, 3.0, 3.05], [3.5, 3.0, 3.5])
-    few, many = record, stability_record(make_results, wide, narrow)
-    studies = [Study(name, Results.from_dict(r), {}) for name, r in (("base", few), ("optimizers", many))]
-    answer = claims_of(*studies)["C6"]
-    assert answer.verdict == "supported" and "in optimizers" in answer.reason
-    # A screening decides nothing while there is something else.
-    many["budget"]["tokens"] = 10_000
-    studies[1] = Study("optimizers", Results.from_dict(many), {})
-    assert "in base" in claims_of(*studies)["C6"].reason
 
 
 def test_rates_that_were_tuned_in_shorter_runs_alone_are_doubted(make_results: Callable[..., dict[str, Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kalmagrove.reproduction import part_claims, table_claims
+from kalmagrove.reproduction import optimizer_claims, part_claims, table_claims
 from kalmagrove.reproduction.answers import Answer, Verdict
 from kalmagrove.reproduction.evidence import Evidence
 from kalmagrove.reproduction.pairs import pairs_of
@@ -17,8 +17,8 @@ def answer_claims(evidence: Evidence) -> list[Answer]:
         table_claims.time(pairs),
         table_claims.perplexity(pairs),
         table_claims.same_size(pairs),
-        part_claims.fewer_steps(evidence),
-        part_claims.stable(evidence),
+        optimizer_claims.fewer_steps(evidence),
+        optimizer_claims.stable(evidence),
         part_claims.alone(evidence, "C7", "grove"),
         part_claims.alone(evidence, "C8", "arnold"),
         table_claims.memory(pairs),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -181,34 +180,6 @@ def part_to_reach(model: Model, rival: Model) -> dict[int, float | None]:
         needed = tokens_to_reach(run.valid_curve.tokens, run.valid_curve.loss, level)
         parts[run.seed] = None if needed is None else needed / total
     return parts
-
-
-@dataclass(frozen=True)
-class TrainedRates:
-    """The learning rates around the best that end near it.
-
-    Attributes:
-        factor: The largest over the smallest.
-        is_whole: Whether worse ones were tried on both sides; else there may be more of them.
-    """
-
-    factor: float
-    is_whole: bool
-
-
-def trained_rates(model: Model, within: float) -> TrainedRates | None:
-    """The rates of a model's trials that end within so many nats of the best; None where fewer than two did end."""
-    losses = {trial.lr_scale: math.inf if trial.valid_loss is None else trial.valid_loss for trial in model.lr_trials}
-    scales = sorted(losses)
-    if sum(map(math.isfinite, losses.values())) < 2:
-        return None
-    is_good = [losses[scale] <= min(losses.values()) + within for scale in scales]
-    first = last = scales.index(min(scales, key=losses.__getitem__))
-    while first > 0 and is_good[first - 1]:
-        first -= 1
-    while last < len(scales) - 1 and is_good[last + 1]:
-        last += 1
-    return TrainedRates(scales[last] / scales[first], is_whole=first > 0 and last < len(scales) - 1)
 
 
 def mean_of(values: Mapping[int, float]) -> float | None:
