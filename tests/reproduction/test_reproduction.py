@@ -344,17 +344,26 @@ def ladder_laws(**changes: Any) -> dict[str, Any]:
     law = {"constants": {"alpha": 0.3}, "intervals": {"alpha": [0.2, 0.4]}, "warnings": []}
     families = {name: {"laws": {"power": law}} for name in ("kalmagrove", "llama+adamw")}
     pair = {"kalmagrove - llama+adamw": {"power": {"alpha": steeper, "beta": alike}}}
-    return {"families": families, "differences": pair, "left_out": []} | changes
+    tuning = [well_tuned(name) for name in families]
+    return {"families": families, "differences": pair, "left_out": [], "tuning": tuning} | changes
+
+
+def well_tuned(family: str, **changes: Any) -> dict[str, Any]:
+    return {"family": family, "trials": [{"size": 1}], "at_the_edge": False, "check": None} | changes
 
 
 @pytest.mark.parametrize(
     ("changes", "doubt"),
     [
         ({"left_out": ["row 7: it has no loss"]}, "left out: row 7"),
-        ({"tuning": [{"family": "llama+adamw", "trials": [], "at_the_edge": False}]}, "of llama+adamw not tuned"),
-        (
-            {"tuning": [{"family": "llama+adamw", "trials": [{"size": 1}], "at_the_edge": True}]},
-            "the best learning rate of llama+adamw is at the edge",
+        ({"tuning": []}, "how the learning rates of llama+adamw were found was not written down"),
+        *(
+            ({"tuning": [well_tuned("llama+adamw", **of_llama), well_tuned("kalmagrove")]}, doubt)
+            for of_llama, doubt in (
+                ({"trials": []}, "of llama+adamw not tuned"),
+                ({"at_the_edge": True}, "the best learning rate of llama+adamw is at the edge"),
+                ({"check": {"size": "8x1", "best": 0.5}}, "llama+adamw at 8x1 did better with x0.5 of the rate"),
+            )
         ),
     ],
 )
@@ -408,7 +417,8 @@ def test_a_longer_context_is_shown_and_decides_nothing_about_table_1(
 def test_the_rank_is_judged_by_runs_of_its_own(make_results: Callable[..., dict[str, Any]]) -> None:
     def laws(low: float) -> dict[str, Any]:
         law = {"constants": {"gamma": low}, "intervals": {"gamma": [low, low + 0.1]}, "warnings": []}
-        return {"families": {"kalmagrove": {"laws": {"power": law}}}, "differences": {}, "left_out": []}
+        families = {"kalmagrove": {"laws": {"power": law}}}
+        return {"families": families, "differences": {}, "left_out": [], "tuning": [well_tuned("kalmagrove")]}
 
     studies = {"base": make_study(make_results, "base", **GOOD)}
     for rank_laws, verdict in ((laws(0.1), "supported"), (laws(-0.2), "not supported")):

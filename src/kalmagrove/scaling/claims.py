@@ -37,7 +37,7 @@ def scaling_claims(summary: Mapping[str, Any]) -> dict[str, list[Claim]]:
     found: dict[str, list[Claim]] = {}
     tuning = {family["family"]: family for family in summary.get("tuning", [])}
     warned = {
-        name: [*_warnings(family["laws"]), *_doubts_about_rates(tuning.get(name))]
+        name: [*_warnings(family["laws"]), *_doubts_about_rates(name, tuning.get(name))]
         for name, family in summary["families"].items()
     }
     left_out = [f"left out: {line}" for line in summary["left_out"]]
@@ -55,15 +55,19 @@ def _warnings(laws: Mapping[str, Any]) -> list[str]:
     return [warning for law in laws.values() for warning in law["warnings"]]
 
 
-def _doubts_about_rates(tuning: Mapping[str, Any] | None) -> list[str]:
-    """What speaks against a family's learning rates; of runs that came without a tuning's record, nothing is known."""
+def _doubts_about_rates(family: str, tuning: Mapping[str, Any] | None) -> list[str]:
+    """What speaks against a family's learning rates; the record is of the sweep that its runs come from, if any."""
     if tuning is None:
-        return []
+        return [f"how the learning rates of {family} were found was not written down"]
     if not tuning["trials"]:
-        return [f"learning rates of {tuning['family']} not tuned"]
+        return [f"learning rates of {family} not tuned"]
+    doubts = []
     if tuning["at_the_edge"]:
-        return [f"the best learning rate of {tuning['family']} is at the edge of those that were tried"]
-    return []
+        doubts.append(f"the best learning rate of {family} is at the edge of those that were tried")
+    check = tuning["check"]
+    if check is not None and check["best"] != 1:
+        doubts.append(f"{family} at {check['size']} did better with x{check['best']:g} of the rate carried there")
+    return doubts
 
 
 def _held_back(claim: Claim, careful: Sequence[str]) -> Claim:
