@@ -21,7 +21,7 @@ def diverge(record: dict[str, Any], name: str, *seeds: int) -> None:
         model["runs"][seed] |= {"diverged": True, "valid": None, "test": None}
 
 
-def test_one_short_seed_that_nobody_tuned_is_said_to_be_lower_and_decides_nothing(make_results: Make) -> None:
+def test_one_seed_is_said_to_be_lower_and_decides_nothing(make_results: Make) -> None:
     record = make_results(ours=(26.4,), llama=(30.0,))
     assert judge(record) == Verdict(
         "ours reached a test perplexity 12 % lower than llama with 0.50x its parameters and 0.60x its time a step "
@@ -30,7 +30,7 @@ def test_one_short_seed_that_nobody_tuned_is_said_to_be_lower_and_decides_nothin
         "undecided",
     )
     record["trials"], record["budget"]["tokens"] = 3, 40_000
-    assert judge(record).tone == "better"
+    assert judge(record).tone == "undecided"
 
 
 def test_kalmagrove_without_its_controls_is_said_to_have_more_than_grove_and_arnold(make_results: Make) -> None:
@@ -133,11 +133,15 @@ def test_some_diverged_seeds_are_said_and_keep_the_verdict_from_better(make_resu
 
 
 def test_the_best_of_the_other_models_is_named_when_it_did_better(make_results: Make) -> None:
-    record = make_results(ours=(27.0,), others={"slim": (25.65,), "plus": (26.5,)})
-    assert judge(record).sentence.endswith("; slim did better than ours: 5.0 % lower.")
+    record = make_results(ours=(27.0,), others={"slim": (24.3,), "plus": (25.0,)})
+    assert judge(record).sentence.endswith("; slim did better than ours: 10 % lower.")
 
 
 @pytest.mark.parametrize("slim", [(28.0, 28.1, 28.2), (26.0, 28.0, 26.5)])
 def test_other_models_that_did_not_do_better_are_not_named(make_results: Make, slim: tuple[float, ...]) -> None:
     record = make_results(ours=(27.0, 27.0, 27.0), llama=(30.0,) * 3, others={"slim": slim})
     assert "slim" not in judge(record).sentence
+
+
+def test_of_one_seed_another_model_that_is_hardly_lower_is_not_named(make_results: Make) -> None:
+    assert "slim" not in judge(make_results(ours=(27.0,), others={"slim": (26.0,)})).sentence

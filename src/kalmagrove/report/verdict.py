@@ -10,8 +10,8 @@ from kalmagrove.report.statistics import FEWEST_SHOWN, Interval, median_spread
 from kalmagrove.report.table import format_score, tokens_a_parameter
 
 Tone = Literal["better", "mixed", "worse", "undecided"]
-SMALL_CHANGE = 0.03
-"""Change of perplexity that fewer than three seeds cannot tell from chance: two seeds of one model differ by 1.5 %."""
+SMALL_CHANGE = 0.06
+"""Change of perplexity that fewer than three seeds cannot tell from chance: small models' seeds differ so much."""
 CONTROLS = ("slim", "llama-plus")
 """Dense models with kalmagrove's cheap tricks and its optimiser: what is left against them is Grove's and Arnold's."""
 
@@ -37,9 +37,8 @@ def verdict(results: Results) -> Verdict:
     parts = [claim + _costs_text(results, candidate, baseline) + f" ({'; '.join(_caveats(results, ratio))})"]
     parts += [text for model in (candidate, baseline) if (text := _divergence(model))]
     parts += [text for text in (_better_other(results, candidate),) if text]
-    is_weak = ratio.n < FEWEST_SHOWN and (not results.is_tuned or results.screening)
     tone = _tone(results, candidate, baseline, change)
-    return Verdict("; ".join(parts) + ".", "undecided" if is_weak and tone == "better" else tone)
+    return Verdict("; ".join(parts) + ".", "undecided" if ratio.n < FEWEST_SHOWN and tone == "better" else tone)
 
 
 def _without_scores(candidate: Model, baseline: Model) -> Verdict:
@@ -130,12 +129,16 @@ def _better_other(results: Results, candidate: Model) -> str:
     found = []
     for model in results.models:
         ratio = model.ratio_to(candidate) if model.name not in (candidate.name, results.baseline) else None
-        if ratio is not None and ratio.mean < 1 and not ratio.includes(1.0):
+        if ratio is not None and _is_lower(ratio):
             found.append((ratio.mean, model.name))
     if not found:
         return ""
     mean, name = min(found)
     return f"{name} did better than {candidate.name}: {_percent(1 - mean)} lower"
+
+
+def _is_lower(ratio: Interval) -> bool:
+    return ratio.mean < 1 - SMALL_CHANGE if ratio.bounds is None else ratio.bounds[1] < 1
 
 
 def _tone(results: Results, candidate: Model, baseline: Model, change: Literal["lower", "same", "higher"]) -> Tone:
