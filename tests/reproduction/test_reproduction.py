@@ -414,6 +414,32 @@ def test_a_longer_context_is_shown_and_decides_nothing_about_table_1(
     assert "Table 1's models is answered from base and large alone" in page
 
 
+def test_a_slower_step_in_another_study_holds_faster_epochs_back(make_results: Callable[..., dict[str, Any]]) -> None:
+    pairs = [make_study(make_results, name, **GOOD) for name in PAPER]
+    assert claims_of(*pairs, make_study(make_results, "recall", **GOOD))["C2"].verdict == "supported"
+    slower = make_study(make_results, "recall", **GOOD, time_ratios=(1.1, 1.2, 1.2, 1.2, 1.3))
+    found = claims_of(*pairs, slower)["C2"]
+    assert found.verdict == "undecided" and "slower in recall, 1.20x" in found.reason
+    assert "at 500 tokens a step, context 64" in found.ours
+
+
+@pytest.mark.parametrize(
+    ("peak", "verdict", "says"),
+    [(900, "supported", "memory"), (1000, "supported", "a tie"), (1100, "undecided", "more")],
+)
+def test_more_memory_in_another_study_holds_less_memory_back(
+    peak: int, verdict: str, says: str, make_results: Callable[..., dict[str, Any]]
+) -> None:
+    def with_peak(name: str, ours: int) -> Study:
+        record = make_study(make_results, name, **GOOD).results.to_dict()
+        for model in record["models"]:
+            model["peak_memory_bytes"] = ours if model["name"] == "kalmagrove-nano" else 1000
+        return Study(name, Results.from_dict(record), {})
+
+    found = claims_of(*(with_peak(name, 900) for name in PAPER), with_peak("recall", peak))["C9"]
+    assert found.verdict == verdict and (says == "memory" or f"{says} in recall, " in found.reason)
+
+
 def test_the_rank_is_judged_by_runs_of_its_own(make_results: Callable[..., dict[str, Any]]) -> None:
     def laws(low: float) -> dict[str, Any]:
         law = {"constants": {"gamma": low}, "intervals": {"gamma": [low, low + 0.1]}, "warnings": []}

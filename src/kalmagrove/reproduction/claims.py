@@ -5,23 +5,23 @@ from __future__ import annotations
 from kalmagrove.reproduction import optimizer_claims, part_claims, table_claims
 from kalmagrove.reproduction.answers import Answer, Verdict
 from kalmagrove.reproduction.evidence import Evidence
-from kalmagrove.reproduction.pairs import pairs_of
+from kalmagrove.reproduction.pairs import pairs_elsewhere, pairs_of
 from kalmagrove.scaling.claims import scaling_claims
 
 
 def answer_claims(evidence: Evidence) -> list[Answer]:
     """All fourteen, in their order."""
-    pairs = pairs_of(evidence)
+    pairs, elsewhere = pairs_of(evidence), pairs_elsewhere(evidence)
     return [
         table_claims.parameters(pairs),
-        table_claims.time(pairs),
+        table_claims.time(pairs, elsewhere),
         table_claims.perplexity(pairs),
         table_claims.same_size(pairs),
         optimizer_claims.fewer_steps(evidence),
         optimizer_claims.stable(evidence),
         part_claims.alone(evidence, "C7", "grove"),
         part_claims.alone(evidence, "C8", "arnold"),
-        table_claims.memory(pairs),
+        table_claims.memory(pairs, elsewhere),
         *_scaling(evidence),
         part_claims.synthetic(evidence),
         table_claims.greener(pairs),

@@ -138,6 +138,11 @@ def pairs_of(evidence: Evidence) -> dict[str, Pair | None]:
     return {name: pair_in(evidence, name) for name in PAPER}
 
 
+def pairs_elsewhere(evidence: Evidence) -> dict[str, Pair | None]:
+    """Those of the other studies, which differ in the text, the steps or the context."""
+    return {name: pair_in(evidence, name) for name in evidence.studies if name not in PAPER}
+
+
 def pair_in(evidence: Evidence, name: str) -> Pair | None:
     """The pair of a study, None where it is not there or has no KalmaGrove or no plain Transformer."""
     study = evidence.studies.get(name)

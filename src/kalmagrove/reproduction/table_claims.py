@@ -57,15 +57,27 @@ def _size(pair: Pair) -> float:
     return pair.ours.parameters.total / pair.rival.parameters.total
 
 
-def time(pairs: Pairs) -> Answer:
-    """C2."""
+def time(pairs: Pairs, elsewhere: Pairs) -> Answer:
+    """C2.
+
+    Args:
+        pairs: Of Table 1.
+        elsewhere: Of the other studies, whose steps and contexts are others.
+    """
     verdict = judge_times([None if pair is None else pair.time for pair in pairs.values()])
+
+    def text(pair: Pair) -> str:
+        budget = pair.study.results.budget
+        return f"{shown_time(pair.time)} at {budget.tokens_per_step:,} tokens a step, context {budget.context_length:,}"
+
+    slower = [p for p in elsewhere.values() if p is not None and judge_times([p.time]) == "not supported"]
+    doubts = [f"slower in {pair.name}, {text(pair)}" for pair in slower]
     reason = (
-        "supported means less than the Transformer's in each pair; steps of both in turns in one process, the "
-        "optimiser's time included; an epoch has as many steps for both"
+        "supported means less than the Transformer's in each pair, and in no other study more; steps of both in turns "
+        "in one process, the optimiser's time included; an epoch has as many steps for both"
     )
-    ours = each(pairs, lambda pair: shown_time(pair.time))
-    return Answer("C2", "faster epochs", quoted("minutes"), ours, verdict, reason)
+    ours, verdict = each(pairs, text), held_back(verdict, doubts)
+    return Answer("C2", "faster epochs", quoted("minutes"), ours, verdict, with_doubts(reason, doubts))
 
 
 def perplexity(pairs: Pairs) -> Answer:
@@ -118,17 +130,14 @@ def same_size(pairs: Pairs) -> Answer:
     return Answer("C4", "better at equal size", "", ours, verdict, with_doubts(reason, doubts))
 
 
-def memory(pairs: Pairs) -> Answer:
-    """C9."""
-    verdicts: list[Verdict] = []
-    for pair in pairs.values():
-        ratio = None if pair is None else _memory_ratio(pair)
-        if ratio is None:
-            verdicts.append("not measured")
-        elif ratio < 1 - MEMORY_NOISE:
-            verdicts.append("supported")
-        else:
-            verdicts.append("not supported" if ratio > 1 + MEMORY_NOISE else "undecided")
+def memory(pairs: Pairs, elsewhere: Pairs) -> Answer:
+    """C9.
+
+    Args:
+        pairs: Of Table 1.
+        elsewhere: Of the other studies, whose steps and contexts are others.
+    """
+    verdicts = [_judge_memory(pair) for pair in pairs.values()]
 
     def text(pair: Pair) -> str:
         ours, rival, ratio = pair.ours.peak_memory_bytes, pair.rival.peak_memory_bytes, _memory_ratio(pair)
@@ -136,11 +145,34 @@ def memory(pairs: Pairs) -> Answer:
             return "-"
         return f"{ratio:.2f}x ({format_bytes(ours)} against {format_bytes(rival)})"
 
+    def found_elsewhere(verdict: Verdict, says: str) -> list[str]:
+        found = [pair for pair in elsewhere.values() if pair is not None and _judge_memory(pair) == verdict]
+        return [f"{says} in {pair.name}, {text(pair)}" for pair in found]
+
+    doubts = found_elsewhere("not supported", "more")
     reason = (
-        "peak of a training process less what it held before: weights, gradients, optimiser, activations; one "
-        f"measurement each, within {MEMORY_NOISE:.0%} a tie"
+        "supported means less than the Transformer's in each pair, and in no other study more; peak of a training "
+        "process less what it held before: weights, gradients, optimiser, activations; one measurement each, within "
+        f"{MEMORY_NOISE:.0%} a tie"
     )
-    return Answer("C9", "less memory", "", each(pairs, text), all_of(verdicts), reason)
+    verdict = held_back(all_of(verdicts), doubts)
+    return Answer(
+        "C9",
+        "less memory",
+        "",
+        each(pairs, text),
+        verdict,
+        with_doubts(reason, [*doubts, *found_elsewhere("undecided", "a tie")]),
+    )
+
+
+def _judge_memory(pair: Pair | None) -> Verdict:
+    ratio = None if pair is None else _memory_ratio(pair)
+    if ratio is None:
+        return "not measured"
+    if ratio < 1 - MEMORY_NOISE:
+        return "supported"
+    return "not supported" if ratio > 1 + MEMORY_NOISE else "undecided"
 
 
 def _memory_ratio(pair: Pair) -> float | None:
