@@ -59,6 +59,11 @@ def test_two_models_of_one_name_are_refused(make_results: Make) -> None:
         Results.from_dict(record)
 
 
+def test_a_comparison_without_a_seed_is_refused(make_results: Make) -> None:
+    with pytest.raises(KalmaGroveError, match="field 'seeds' names none"):
+        Results.from_dict(make_results() | {"seeds": []})
+
+
 def test_a_curve_of_unequal_lists_is_refused(make_results: Make) -> None:
     record = make_results()
     record["models"][0]["runs"][0]["curve"]["loss"].pop()

@@ -105,7 +105,7 @@ def test_long_tuned_training_is_no_screening(make_results: Make) -> None:
     record = make_results() | {"trials": 3}
     record["budget"]["tokens"] = 40_000
     notes = table_of(record).notes
-    assert "learning rates tuned on the validation split: 3 trials a model" in notes
+    assert "learning rates tuned on the validation split with seed 0, which is scored too: 3 trials a model" in notes
     assert "40.0 k training tokens, 20 tokens a parameter of llama" in notes
     record["trial_tokens"] = 10_000
     assert table_of(record).notes[2].endswith("3 trials a model of 10.0 k tokens")

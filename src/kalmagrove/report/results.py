@@ -333,6 +333,8 @@ class Results:
         return self.tokens_per_parameter < ENOUGH_TOKENS_PER_PARAMETER
 
     def _check(self, where: str) -> None:
+        if not self.seeds:
+            raise KalmaGroveError(f"{where}: field 'seeds' names none")
         names = [model.name for model in self.models]
         if len(set(names)) < len(names):
             raise KalmaGroveError(f"{where}: field 'models' has two models of the same name")

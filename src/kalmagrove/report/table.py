@@ -301,7 +301,8 @@ def _tuning(results: Results) -> str:
     if results.auxiliary_trials:
         own = [f"{m.name} x{m.auxiliary_scale:g}" for m in results.models if m.auxiliary_scale != 1]
         how.append(f"the rate of embeddings, head and vectors, a factor 4 apart ({', '.join(own) or 'x1 for all'})")
-    return "learning rates tuned on the validation split: " + ", then ".join(how)
+    seed = results.seeds[0]
+    return f"learning rates tuned on the validation split with seed {seed}, which is scored too: {', then '.join(how)}"
 
 
 def tokens_a_parameter(results: Results) -> str:
