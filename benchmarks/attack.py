@@ -9,7 +9,7 @@ best is at the edge, and then that of embeddings, head and vectors alone, x0.25,
 in each other setting half, once and twice the rates that were best there, and further likewise. The test split is read
 in the runs at the chosen rates alone. --texts is a folder with one for each text (textbooks, technical, biomedical,
 shakespeare). A run leaves one JSON file and its weights under --out, named by its text and all of its options, and is
-not repeated: leave the package as it is meanwhile. All of it takes about two hours on two slow cores with the default
+not repeated: leave the package as it is meanwhile. All of it takes about three hours on two slow cores with the default
 size.
 """
 
