@@ -120,10 +120,12 @@ class Adaptors:
         if bases is None:
             self._make_weight_bases(rank)
         cores: Cores = {}
-        for layer, (left, _) in (self._weight_bases if bases is None else bases).items():
+        own: dict[str, Bases] = {}
+        for layer, (left, right) in (self._weight_bases if bases is None else bases).items():
             side = min(rank, left.shape[1])
             cores[layer] = nn.Parameter(left.new_zeros((side, side) if core == "dense" else (side,)))
-        self._adaptors[name] = _Adaptor(cores, None if bases is None else dict(bases))
+            own[layer] = left[:, :side].contiguous(), right[:side]
+        self._adaptors[name] = _Adaptor(cores, None if bases is None else own)
         return cores
 
     def extend_adaptor(self, name: str, bases: Mapping[str, Bases]) -> Cores:
@@ -213,12 +215,13 @@ class Adaptors:
         Raises:
             UsageError: An adaptor is merged.
         """
-        before = self.active
+        before = self.active, self._rows
         self.set_adaptor(None)
+        self._rows = None
         try:
             yield
         finally:
-            self.active = before
+            self.active, self._rows = before
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:

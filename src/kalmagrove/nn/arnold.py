@@ -98,8 +98,16 @@ class MultiResolutionAttention(nn.Module):
 
         Returns:
             The output, shape of ``x``, and this layer's own values, (batch, sequence, width).
+
+        Raises:
+            ValueError: ``where`` has tokens before these, and there is no ``state`` that remembers them.
         """
         where = placement(x.shape[1], x.device) if where is None else where
+        if state is None and where.seen:
+            raise ValueError(f"{where.seen} tokens stand before these: give the state that remembers them")
+        if state is None and where.padding is not None:
+            # What is cached is numbered from the beginning of each row's text, and what is attended as a whole is not.
+            state = {}
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.short_conv:
             key = self._convolve(self.k_conv, "k_conv", key, where, state)

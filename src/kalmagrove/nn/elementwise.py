@@ -90,14 +90,15 @@ def made_again(tensor: Tensor, make: Callable[[], Tensor]) -> Iterator[None]:
         return of.untyped_storage()._cdata, of.storage_offset(), of.numel(), of.dtype, of.is_contiguous()
 
     def pack(saved: Tensor) -> Tensor | torch.Size:
-        if place(saved) == its_place:
+        # What was changed in place since then is another tensor.
+        if place(saved) == its_place and saved._version == its_version:
             return saved.shape
         return saved if outer is None else outer[0](saved)
 
     def unpack(packed: Tensor | torch.Size) -> Tensor:
         return packed if isinstance(packed, Tensor) else make().view(packed)
 
-    its_place = place(tensor)
+    its_place, its_version = place(tensor), tensor._version
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield
 

@@ -21,8 +21,7 @@ Where not to use it: with sparse or complex parameters.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, overload
 
 import torch
@@ -35,12 +34,13 @@ from kalmagrove.optim.division import WorkDivision
 from kalmagrove.optim.group_options import block_size_of, check_group, layout_of, split_by_method
 from kalmagrove.optim.groups import embeddings_of
 from kalmagrove.optim.layout import Layout
+from kalmagrove.optim.parameters import by_placement, listed, master_type, name_of, uphill, warn, with_finite_gradient
 from kalmagrove.optim.statistics import ActivationStatistics, is_transposed_linear
 from kalmagrove.optim.whitening import PartState, Whitening, in_one, row_major, write_back
 
 Seen = dict[int, tuple[Tensor, int]]
-_MOST_NAMES = 5
-"""Of parameters, in a warning or an error."""
+WATCHED_METHODS = ("kalma", "exact")
+"""Of the groups whose matrices have a P."""
 
 
 class _Part(NamedTuple):
@@ -117,6 +117,7 @@ class Kalma(torch.optim.Optimizer):
             "prior": 1e3,
         }
         self._statistics: ActivationStatistics | None = None
+        self._warned_of_unseen = False
         self._division: WorkDivision | None = None
         super().__init__(split_by_method(params), defaults)
 
@@ -128,6 +129,8 @@ class Kalma(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        if getattr(self, "_statistics", None) is not None and self.param_groups[-1]["method"] in WATCHED_METHODS:
+            warn("a group was added after attach(model); attach again, or there is no P for it")
 
     def attach(self, model: nn.Module, *, divide_work: bool = False) -> int:
         """Watches the model's layers, so that their inputs give P; without it P is the identity.
@@ -160,9 +163,10 @@ class Kalma(torch.optim.Optimizer):
                 "parameters the optimiser was made with"
             )
         unwatched = [name for key, name in names.items() if key not in statistics.watched]
+        unwatched += self._matrices_elsewhere(names)
         if unwatched:
-            _warn(f"no layer shows the inputs of {_listed(unwatched)}; there is no P for them")
-        self._statistics = statistics
+            warn(f"no layer shows the inputs of {listed(unwatched)}; there is no P for them")
+        self._statistics, self._warned_of_unseen = statistics, False
         if divide_work and distributed.is_available() and distributed.is_initialized():
             self._division = WorkDivision(self._costs())
         # P is refreshed with the first step, and then with every refresh_every-th.
@@ -218,13 +222,14 @@ class Kalma(torch.optim.Optimizer):
                 loss = closure()
         seen: Seen = {}
         if self._statistics is not None:
+            unseen = self._statistics.unseen()
             seen = self._statistics.take()
             if self._statistics.active:
-                device = self.param_groups[0]["params"][0].device
-                seen = average_across_ranks(seen, self._shapes_of_statistics(), device=device)
-        with torch.autocast(self.param_groups[0]["params"][0].device.type, enabled=False):
+                self._warn_of_unseen(unseen)
+                seen = average_across_ranks(seen, self._shapes_of_statistics(), device=self._device)
+        with torch.autocast(self._device.type, enabled=False):
             for group in self.param_groups:
-                parameters = _with_finite_gradient(group)
+                parameters = with_finite_gradient(group)
                 if group["method"] == "adamw":
                     self._adamw_step(group, parameters)
                 elif group["method"] == "exact":
@@ -236,19 +241,42 @@ class Kalma(torch.optim.Optimizer):
             self._statistics.active = self._refreshes_next()
         return loss
 
+    @property
+    def _device(self) -> torch.device:
+        """Of the first parameter: groups may be empty."""
+        first = next((p for group in self.param_groups for p in group["params"]), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _warn_of_unseen(self, unseen: set[int]) -> None:
+        """Once: matrices that are trained without a P, since no forward of their layers came by."""
+        if self._warned_of_unseen:
+            return
+        names = [
+            name_of(group, index)
+            for group in self.param_groups
+            for index, p in enumerate(group["params"])
+            if id(p) in unseen and p.grad is not None and "gain" not in self.state[p]
+        ]
+        if names:
+            self._warned_of_unseen = True
+            warn(
+                f"the inputs of {listed(names)} were not seen before this step, so that there is no P for them: their "
+                "layers were passed by, or the model is in evaluation mode, or was compiled before it was attached"
+            )
+
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter] |= {
                     "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter, dtype=_master_type(parameter)),
-                    "exp_avg_sq": torch.zeros_like(parameter, dtype=_master_type(parameter)),
+                    "exp_avg": torch.zeros_like(parameter, dtype=master_type(parameter)),
+                    "exp_avg_sq": torch.zeros_like(parameter, dtype=master_type(parameter)),
                 }
         if not parameters:
             return
         states = [self.state[p] for p in parameters]
         # The moments are float32 or better whatever the parameter is, and torch's kernels want one type.
-        masters = [p.to(_master_type(p)) for p in parameters]
+        masters = [p.to(master_type(p)) for p in parameters]
         adamw(
             masters,
             [p.grad.to(m.dtype) for p, m in zip(parameters, masters, strict=True) if p.grad is not None],
@@ -272,13 +300,16 @@ class Kalma(torch.optim.Optimizer):
         """The Kalman filter itself, in information form: P^-1 <- f P^-1 + H^T H / r, W <- W - (lr / r) G P."""
         for parameter in parameters:
             if id(parameter) not in seen:
-                raise RuntimeError("method exact needs the inputs of its layers: call attach(model) before the forward")
+                raise RuntimeError(
+                    "method exact needs the inputs of its layers: call attach(model) before the forward, and again "
+                    "once a group was added"
+                )
             state, total = self.state[parameter], seen[id(parameter)][0][0]
             if not state:
                 state["information"] = torch.eye(parameter.shape[1]).to(total) / group["prior"]
             information = state["information"].mul_(group["forgetting"]).add_(total / group["noise"])
             covariance = torch.cholesky_inverse(torch.linalg.cholesky(information))
-            step = _gradient(parameter, group).to(covariance) @ covariance
+            step = uphill(parameter, group).to(covariance) @ covariance
             parameter.sub_(step.to(parameter), alpha=float(group["lr"]) / group["noise"])
 
     @torch.compiler.disable
@@ -308,15 +339,15 @@ class Kalma(torch.optim.Optimizer):
                 updates[part.parameter].append(update)
         done = {i: layout.restore(u, parameters[i]) for i, u in enumerate(updates) if u}
         if division is not None:
-            done = division.exchange(done, parameters, _master_type)
+            done = division.exchange(done, parameters, master_type)
         self._apply(group, parameters, [as_shard(done[i], p) for i, p in enumerate(parameters)])
 
     @staticmethod
     def _apply(group: dict[str, Any], parameters: list[Tensor], updates: list[Tensor]) -> None:
         """Decay and step, rounded once: a decay of 1e-4 alone would be lost in bfloat16."""
         lr = float(group["lr"])
-        for indices in _by_placement(parameters):
-            masters = [parameters[i].to(_master_type(parameters[i])) for i in indices]
+        for indices in by_placement(parameters):
+            masters = [parameters[i].to(master_type(parameters[i])) for i in indices]
             torch._foreach_mul_(masters, 1 - lr * group["weight_decay"])
             torch._foreach_add_(masters, [updates[i] for i in indices], alpha=-lr)
             for index, master in zip(indices, masters, strict=True):
@@ -366,14 +397,14 @@ class Kalma(torch.optim.Optimizer):
 
     def _momentum(self, group: dict[str, Any], parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """The gradients, and their moving averages with look-ahead, (1 - m) G + m M, as the parameters are held."""
-        gradients = [_gradient(p, group).to(_master_type(p)) for p in parameters]
+        gradients = [uphill(p, group).to(master_type(p)) for p in parameters]
         decay, states = group["momentum"], [self.state[p] for p in parameters]
         for state, gradient in zip(states, gradients, strict=True):
             if "momentum" not in state:
                 state |= {"step": 0, "momentum": torch.zeros_like(gradient)}
             state["step"] += 1
         lookaheads = list(gradients)
-        for indices in _by_placement(parameters):
+        for indices in by_placement(parameters):
             momenta, own = [states[i]["momentum"] for i in indices], [gradients[i] for i in indices]
             torch._foreach_lerp_(momenta, own, 1 - decay)
             ahead = torch._foreach_mul(momenta, decay)
@@ -415,12 +446,12 @@ class Kalma(torch.optim.Optimizer):
     def _check_model(self, model: nn.Module) -> tuple[dict[int, int], dict[int, str]]:
         """The matrices of the groups that are parameters of the model: their largest blocks and names, by ``id``."""
         names = {id(p): name for name, p in model.named_parameters()}
-        groups = [group for group in self.param_groups if group["method"] in ("kalma", "exact")]
+        groups = [group for group in self.param_groups if group["method"] in WATCHED_METHODS]
         matrices = {id(p): group for group in groups for p in group["params"] if id(p) in names}
         tables = [names[key] for key in {id(p) for p in embeddings_of(model)} & matrices.keys()]
         if tables:
             raise ValueError(
-                f"{_listed(tables)} is an embedding or a head, which has no P; make the groups with "
+                f"{listed(tables)} is an embedding or a head, which has no P; make the groups with "
                 "kalma_groups(model), or give it method table"
             )
         for module in model.modules():
@@ -435,6 +466,16 @@ class Kalma(torch.optim.Optimizer):
                 )
         sizes = {key: block_size_of(group) for key, group in matrices.items()}
         return sizes, {key: names[key] for key in matrices}
+
+    def _matrices_elsewhere(self, names: dict[int, str]) -> list[str]:
+        """Names of the groups' matrices that are not among those of the model."""
+        return [
+            name_of(group, index)
+            for group in self.param_groups
+            if group["method"] in WATCHED_METHODS
+            for index, p in enumerate(group["params"])
+            if id(p) not in names
+        ]
 
     def _costs(self) -> dict[int, int]:
         """About the multiplications that whitening each matrix takes, by ``id``."""
@@ -467,6 +508,7 @@ class Kalma(torch.optim.Optimizer):
         super().__setstate__(state)
         # load_state_dict comes through here too, and must not end the watch.
         self.__dict__.setdefault("_statistics", None)
+        self.__dict__.setdefault("_warned_of_unseen", False)
         self.__dict__.setdefault("_division", None)
         for group in self.param_groups:
             for name, value in self.defaults.items():
@@ -474,7 +516,7 @@ class Kalma(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a state; the statistics stay float32 whatever the type of the parameters.
+        """Restores a state; the statistics are float32 or better whatever the type of the parameters.
 
         Raises:
             ValueError: The state is of other parameters; nothing is changed.
@@ -499,65 +541,14 @@ class Kalma(torch.optim.Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             for name, value in state.items():
                 if isinstance(value, Tensor) and name != "step":
-                    self.state[parameter][name] = value.to(parameter.device).clone()
+                    kind = master_type(parameter) if value.is_floating_point() else value.dtype
+                    self.state[parameter][name] = value.to(parameter.device, kind).clone()
         if self._division is not None:
             self._division.forget_others(self)
         if self._statistics is not None:
             self._statistics.active = self._refreshes_next()
 
 
-def _gradient(parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """The direction uphill of what is minimised."""
-    assert parameter.grad is not None
-    return -parameter.grad if group["maximize"] else parameter.grad
-
-
-def _with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
-    """The group's parameters that have a gradient, without those whose gradient is not finite."""
-    present = [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
-    if not present:
-        return []
-    if any(p.grad.is_sparse for _, p in present):
-        raise RuntimeError("Kalma cannot use sparse gradients; make the embedding with sparse=False")
-    gradients = [p.grad for _, p in present]
-    norms: dict[int, Tensor] = {}
-    for indices in _by_placement(gradients):
-        norms |= zip(indices, torch._foreach_norm([gradients[i] for i in indices]), strict=True)
-    finite = torch.isfinite(
-        torch.stack([whole_tensor(norms[i]).to(torch.float32) for i in range(len(gradients))])
-    ).tolist()
-    if not all(finite):
-        names = group.get("names") or group.get("param_names")
-        bad = [
-            names[index] if names else f"a parameter of shape {tuple(p.shape)}"
-            for (index, p), good in zip(present, finite, strict=True)
-            if not good
-        ]
-        _warn(f"the gradient of {_listed(bad)} is not finite; it keeps its value")
-    return [p for (_, p), good in zip(present, finite, strict=True) if good]
-
-
 def _all_finite(matrices: Tensor) -> Tensor:
     """Whether each of the matrices (matrices, blocks, size, size) is finite, with axes of one in the others' places."""
     return torch.isfinite(matrices).flatten(1).all(1).view(-1, 1, 1, 1)
-
-
-def _by_placement(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the plain tensors, and of those that are sharded over each mesh: torch's lists take one kind."""
-    kinds: dict[Any, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        kinds.setdefault(getattr(tensor, "device_mesh", None), []).append(index)
-    return list(kinds.values())
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-
-def _master_type(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)

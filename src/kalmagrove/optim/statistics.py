@@ -71,6 +71,10 @@ class ActivationStatistics:
         self._places: list[tuple[nn.Module, str, int]] = []
         self._keys_in_forward: dict[int, int | None] = {}
 
+    def __reduce__(self) -> tuple[type[ActivationStatistics], tuple[dict[int, int]]]:
+        """A copy of a watched model takes its hooks along, and is not watched."""
+        return ActivationStatistics, ({},)
+
     def attach(self, model: nn.Module) -> None:
         """Watches a model's layers."""
         # A sharded parameter is swapped for another tensor in the forward, at the same place of its module.
@@ -107,16 +111,18 @@ class ActivationStatistics:
         if not self.active or not torch.is_grad_enabled() or not module.training or self._is_repeated(module):
             return
         x = args[0] if args else next(iter(named.values()))
+        if _is_batched(x):
+            return
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             rows = self._sampled(x)
             if single is not None:
                 self._add(single, rows)
                 return
             assert isinstance(module, TellsWeightInputs)
-            for parameter, seen in module.weight_inputs(rows):
+            for parameter, seen in module.weight_inputs(_as_narrow(rows, module.multiplied_matrices())):
                 key = self._key(parameter)
-                if key is not None:
-                    self._add(key, seen)
+                if key is not None and not _is_batched(seen):
+                    self._add(key, seen.to(rows.dtype))
 
     def _key(self, parameter: Tensor) -> int | None:
         """The ``id`` that a parameter had when the watch began; None where nobody asked for its inputs."""
@@ -150,6 +156,10 @@ class ActivationStatistics:
         self._sums[key] = self._sums[key] + gram if key in self._sums else gram
         self._counts[key] = self._counts.get(key, 0) + rows.shape[0]
 
+    def unseen(self) -> set[int]:
+        """The watched matrices of which no forward came by, by ``id``."""
+        return self.watched - self._sums.keys()
+
     def take(self) -> dict[int, tuple[Tensor, int]]:
         """The sum of ``h h^T`` in blocks, (blocks, size, size), and the number of ``h``, by ``id``; starts anew."""
         seen = {key: (total, self._counts[key]) for key, total in self._sums.items() if self._counts[key]}
@@ -157,6 +167,22 @@ class ActivationStatistics:
         self._seen_in_forward.clear()
         self._source = self._source_rows = self._gram_rows = None
         return seen
+
+
+def _as_narrow(rows: Tensor, matrices: Iterable[Tensor]) -> Tensor:
+    """Rows in the type of 16-bit matrices, with which they are to be multiplied."""
+    narrow = next((matrix.dtype for matrix in matrices if matrix.dtype.itemsize < 4), rows.dtype)
+    return rows.to(narrow)
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether ``torch.func.vmap`` is at work: its tensors must not outlive it."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
