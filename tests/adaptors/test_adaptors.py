@@ -88,6 +88,15 @@ def test_each_row_has_its_own_adaptor(adaptors: Adaptors, tokens: Tensor) -> Non
     assert not torch.allclose(together[0], together[2], atol=1e-3)
 
 
+def test_the_base_is_bit_equal_inside_rows_too(adaptors: Adaptors, tokens: Tensor) -> None:
+    base = logits_of(adaptors.model, tokens)
+    with adaptors.rows(["medical", None, "legal"]):
+        before = logits_of(adaptors.model, tokens)
+        with adaptors.disabled():
+            assert torch.equal(logits_of(adaptors.model, tokens), base)
+        assert torch.equal(logits_of(adaptors.model, tokens), before)
+
+
 def test_rows_give_gradients_to_their_own_adaptors(adaptors: Adaptors, tokens: Tensor) -> None:
     with adaptors.rows(["medical", None, None]):
         adaptors.model(input_ids=tokens).logits.square().sum().backward()

@@ -108,6 +108,20 @@ def test_a_diagonal_core_in_the_gradient_s_bases_learns_more_than_one_in_the_wei
     assert best["gradient"] < best["weights"] - 0.05
 
 
+def test_new_directions_are_the_given_ones_where_the_adaptor_has_fewer_than_its_bases(tokens: Tensor) -> None:
+    model = BUILDERS["grove"]()
+    adaptors = Adaptors(model)
+    first, second = (
+        text_bases(model, adaptors.layers, [part], lambda t: loss_sum(model, t), 4) for part in (tokens, tokens.flip(1))
+    )
+    adaptors.add_adaptor("legal", 1, core="diagonal", bases=first)
+    with torch.no_grad():
+        for core in adaptors.extend_adaptor("legal", second).values():
+            core[1:] = 1.0
+    for layer, (left, right) in second.items():
+        assert torch.allclose(adaptors.change("legal", layer), left @ right, rtol=1e-4, atol=1e-4)
+
+
 def test_adaptors_of_both_kinds_add_up(model: nn.Module, tokens: Tensor) -> None:
     adaptors = Adaptors(model)
     bases = text_bases(model, adaptors.layers, [tokens], lambda t: loss_sum(model, t), 3)

@@ -198,6 +198,21 @@ def test_rows_of_a_padded_batch_decode_as_if_they_were_alone(name: str, portions
 
 
 @pytest.mark.parametrize("name", GROUPS)
+def test_rows_of_a_padded_batch_are_as_if_they_were_alone_without_a_cache(name: str) -> None:
+    layer, padding = attention(GROUPS[name]), torch.tensor([0, 3, 7])
+    x = torch.randn(3, 20, 10, dtype=torch.float64)
+    together, _ = layer(x, where=placement(20, x.device, padding=padding))
+    for row, count in enumerate(padding.tolist()):
+        assert torch.allclose(together[row, count:], layer(x[row : row + 1, count:])[0][0], atol=1e-12)
+
+
+def test_tokens_behind_others_need_what_remembers_these() -> None:
+    x = torch.randn(1, 5, 10, dtype=torch.float64)
+    with pytest.raises(ValueError, match="7 tokens stand before these: give the state"):
+        attention(GROUPS["blocks"])(x, where=placement(5, x.device, seen=7))
+
+
+@pytest.mark.parametrize("name", GROUPS)
 def test_documents_do_not_see_each_other(name: str) -> None:
     layer = attention(GROUPS[name])
     x = torch.randn(1, 20, 10, dtype=torch.float64)

@@ -55,6 +55,22 @@ def test_the_feed_forward_is_what_its_name_says(kind: str) -> None:
     assert hasattr(layer, "gate_proj") == (kind == "swiglu")
 
 
+@pytest.mark.parametrize("kind", ["gelu", "swiglu", "relu2"])
+def test_what_changes_the_hidden_units_in_place_is_in_the_gradients(kind: str) -> None:
+    def gradients(*, inplace: bool) -> list[torch.Tensor]:
+        def linear(name: str, n_in: int, n_out: int) -> nn.Module:
+            layer = nn.Linear(n_in, n_out)
+            return nn.Sequential(nn.Dropout(0.5, inplace=inplace), layer) if name == "down_proj" else layer
+
+        torch.manual_seed(0)
+        layer = FeedForward(6, 10, kind, linear)  # type: ignore[arg-type]
+        layer(torch.randn(7, 6)).square().sum().backward()
+        return [p.grad for p in layer.parameters() if p.grad is not None]
+
+    for changed, plain in zip(gradients(inplace=True), gradients(inplace=False), strict=True):
+        assert torch.allclose(changed, plain, atol=1e-6)
+
+
 @pytest.mark.parametrize("rows", [1, 4, 100])
 def test_the_sliced_loss_and_its_gradients_equal_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "ROWS", rows)

@@ -79,3 +79,10 @@ def test_frozen_parameters_are_left_out() -> None:
     model[0].requires_grad_(False)
     assert [name for group in kalma_groups(model) for name in group["names"]] == ["1.weight", "1.bias"]
     Kalma(kalma_groups(model))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_groups_that_were_not_made_here_are_described_too(named: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6))
+    text = describe_groups(Kalma(model.named_parameters() if named else model.parameters()).param_groups)
+    assert ("(0.weight)" if named else "a parameter of shape (6, 4)") in text

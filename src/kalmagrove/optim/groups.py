@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kalmagrove.optim.parameters import name_of
 from kalmagrove.optim.statistics import is_transposed_linear
 
 FUSED_PROJECTIONS = {"c_attn": 3, "qkv": 3, "qkv_proj": 3, "in_proj_weight": 3}
@@ -96,7 +97,7 @@ def describe_groups(groups: Iterable[Mapping[str, Any]]) -> str:
     lines = []
     for group in groups:
         count = sum(p.numel() for p in group["params"])
-        names = sorted({_role(name) for name in group["names"]})
+        names = sorted({_role(name_of(group, index)) for index in range(len(group["params"]))})
         lines.append(
             f"{group['method']}: {len(group['params'])} tensors, {count:,} parameters, lr {group['lr']:g}, "
             f"weight decay {group['weight_decay']:g} ({', '.join(names)})"
