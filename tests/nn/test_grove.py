@@ -220,3 +220,19 @@ def test_held_weights_give_the_same_and_gradients_pass_them_by(name: str) -> Non
         for parameter in learned:
             parameter.mul_(2)
         assert not torch.allclose(layer(x), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("word", ["core", "left", "right"])
+def test_a_word_that_the_layer_does_not_know_is_refused(word: str) -> None:
+    options = {"left": "private", "right": "identity", "core": "diagonal"} | {word: "diag"}
+    with pytest.raises(ValueError, match=f"{word} must be .* or .*, got 'diag'"):
+        GroveLinear(6, 8, 6, **options)  # type: ignore[arg-type]
+
+
+def test_a_way_of_sharing_or_a_layer_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="sharing must be group, cycle, mix or band, got 'groups'"):
+        GroveBank(8, 6, num_layers=2, group_size=2, sharing="groups", rank_axis=0)  # type: ignore[arg-type]
+    bank = GroveBank(8, 6, num_layers=2, group_size=2, sharing="cycle", rank_axis=0)
+    for layer in (-1, 2):
+        with pytest.raises(IndexError, match=f"there is no layer {layer}: the bases are of 2 layers"):
+            bank.of_layer(layer)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kalmagrove.nn import loss as loss_module
-from kalmagrove.nn.layers import FeedForward, RMSNorm, RotaryEmbedding, ShortConvolution
+from kalmagrove.nn.layers import FeedForward, RMSNorm, RotaryEmbedding, ShortConvolution, make_norm
 from kalmagrove.nn.loss import linear_cross_entropy
 
 
@@ -118,3 +118,10 @@ def test_the_sliced_loss_without_gradients() -> None:
         assert torch.allclose(
             linear_cross_entropy(hidden, weight, targets), F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
         )
+
+
+def test_a_feed_forward_or_a_norm_that_there_is_not_is_refused() -> None:
+    with pytest.raises(ValueError, match="kind must be gelu, swiglu or relu2, got 'relu'"):
+        FeedForward(6, 10, "relu", lambda name, n_in, n_out: nn.Linear(n_in, n_out))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kind must be rmsnorm or layernorm, got 'rms'"):
+        make_norm("rms", 6, 1e-5)  # type: ignore[arg-type]

@@ -20,7 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmagrove.nn.choices import check_choice
+
 Core = Literal["none", "diagonal", "block", "dense"]
+Sharing = Literal["group", "cycle", "mix", "band"]
+OwnSide = Literal["private", "identity"]
 Side = Literal["shared", "private", "identity"]
 ComputePath = Literal["factored", "composed"]
 
@@ -75,7 +79,7 @@ class GroveLinear(nn.Module):
         std: Standard deviation that a new private factor is drawn with.
 
     Raises:
-        ValueError: Sizes do not fit, the rank is above the width, or both sides are the identity.
+        ValueError: Sizes do not fit, the rank is above the width, both sides are the identity, or a word is unknown.
     """
 
     def __init__(
@@ -84,13 +88,17 @@ class GroveLinear(nn.Module):
         out_features: int,
         rank: int,
         *,
-        left: Sequence[Basis] | Literal["private", "identity"],
-        right: Sequence[Basis] | Literal["private", "identity"],
+        left: Sequence[Basis] | OwnSide,
+        right: Sequence[Basis] | OwnSide,
         core: Core = "diagonal",
         block_size: int = 16,
         std: float = 0.02,
     ) -> None:
         super().__init__()
+        check_choice("core", core, Core)
+        for name, given in (("left", left), ("right", right)):
+            if isinstance(given, str):
+                check_choice(name, given, OwnSide)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.core_kind: Core = core
         self.block_size = block_size
@@ -357,12 +365,13 @@ class GroveBank(nn.Module):
         *,
         num_layers: int,
         group_size: int,
-        sharing: Literal["group", "cycle", "mix", "band"],
+        sharing: Sharing,
         rank_axis: Literal[0, 1],
         std: float = 0.02,
     ) -> None:
         super().__init__()
-        self.group_size, self.sharing = group_size, sharing
+        check_choice("sharing", sharing, Sharing)
+        self.group_size, self.sharing, self.num_layers = group_size, sharing, num_layers
         shape = [rows, columns]
         if sharing == "band":
             if shape[rank_axis] % group_size:
@@ -374,7 +383,13 @@ class GroveBank(nn.Module):
         self.bases = nn.ModuleList(Basis(shape[0], shape[1], std) for _ in range(count))
 
     def of_layer(self, layer: int) -> tuple[Basis, ...]:
-        """The pieces that the basis of a layer is made of, in the order of the rank."""
+        """The pieces that the basis of a layer is made of, in the order of the rank.
+
+        Raises:
+            IndexError: There is no such layer.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise IndexError(f"there is no layer {layer}: the bases are of {self.num_layers} layers, counted from 0")
         if self.sharing == "group":
             return (self._piece(layer // self.group_size),)
         count = len(self.bases)

@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kalmagrove.nn.choices import check_choice
 from kalmagrove.nn.elementwise import depthwise_convolution, made_again, rms_norm, rotate_halves, squared_relu
 
+FeedForwardKind = Literal["gelu", "swiglu", "relu2"]
+NormKind = Literal["rmsnorm", "layernorm"]
 MakeProjection = Callable[[str, int, int], nn.Module]
 """Builds the projection of a name, e.g. ``("q_proj", in_features, out_features)``."""
 
@@ -30,8 +33,9 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-def make_norm(kind: Literal["rmsnorm", "layernorm"], hidden_size: int, eps: float) -> nn.Module:
+def make_norm(kind: NormKind, hidden_size: int, eps: float) -> nn.Module:
     """The norm of a configuration."""
+    check_choice("kind", kind, NormKind)
     if kind == "rmsnorm":
         return RMSNorm(hidden_size, eps)
     return nn.LayerNorm(hidden_size, eps=eps)
@@ -116,10 +120,11 @@ class FeedForward(nn.Module):
         self,
         hidden_size: int,
         intermediate_size: int,
-        kind: Literal["gelu", "swiglu", "relu2"],
+        kind: FeedForwardKind,
         make_projection: MakeProjection,
     ) -> None:
         super().__init__()
+        check_choice("kind", kind, FeedForwardKind)
         self.kind = kind
         if kind == "swiglu":
             self.gate_proj = make_projection("gate_proj", hidden_size, intermediate_size)

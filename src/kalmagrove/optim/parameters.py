@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def by_placement(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(kinds.values())
 
 
-def name_of(group: dict[str, Any], index: int) -> str:
+def name_of(group: Mapping[str, Any], index: int) -> str:
     """What a person may know one of the group's parameters by."""
     names = group.get("names") or group.get("param_names")
     return names[index] if names else f"a parameter of shape {tuple(group['params'][index].shape)}"
