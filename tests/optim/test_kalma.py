@@ -117,11 +117,36 @@ def test_vectors_are_trained_by_exactly_adamw() -> None:
         ({"turn_every": 0}, "turn_every must be at least 1"),
         ({"variance_decay": 1.0}, "variance_decay must be in"),
         ({"covariance_decay": -0.1}, "covariance_decay must be in"),
+        ({"eps": -1e-8}, "eps must be in"),
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Kalma([nn.Parameter(torch.ones(2, 2))], **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("noise", 0.0, "noise must be positive"),
+        ("prior", -1.0, "prior must be positive"),
+        ("forgetting", 2.0, r"forgetting must be in \(0, 1\]"),
+        ("forgetting", 0.0, r"forgetting must be in \(0, 1\]"),
+    ],
+)
+def test_numbers_of_the_filter_out_of_range_are_refused(name: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Kalma([{"params": [nn.Parameter(torch.ones(2, 2))], "method": "exact", name: value}])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_a_matrix_without_a_number_is_passed_by(shape: tuple[int, int]) -> None:
+    empty, other = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.ones(2, 3))
+    optimizer = Kalma([empty, other])
+    for parameter in (empty, other):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert not torch.equal(other, torch.ones(2, 3))
 
 
 def test_a_method_that_does_not_fit_is_refused() -> None:

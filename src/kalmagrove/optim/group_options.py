@@ -18,12 +18,16 @@ def check_group(group: dict[str, Any]) -> None:
         ("momentum", 0.0, 1.0),
         ("variance_decay", 0.0, 1.0),
         ("covariance_decay", 0.0, 1.0),
+        ("eps", 0.0, float("inf")),
     ):
         _check_range(name, float(group[name]), low, high)
     for beta in group["betas"]:
         _check_range("betas", beta, 0.0, 1.0)
-    if not 0 < group["damping"] < float("inf"):
-        raise ValueError(f"damping must be positive, got {group['damping']}")
+    for name in ("damping", "noise", "prior"):
+        if not 0 < group[name] < float("inf"):
+            raise ValueError(f"{name} must be positive, got {group[name]}")
+    if not 0 < group["forgetting"] <= 1:
+        raise ValueError(f"forgetting must be in (0, 1], got {group['forgetting']}")
     for name in ("refresh_every", "turn_every", "block_size"):
         if group[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {group[name]}")

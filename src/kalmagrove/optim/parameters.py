@@ -22,8 +22,8 @@ def uphill(parameter: Tensor, group: dict[str, Any]) -> Tensor:
 
 
 def with_finite_gradient(group: dict[str, Any]) -> list[Tensor]:
-    """The group's parameters that have a gradient, without those whose gradient is not finite."""
-    present = [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None]
+    """The group's parameters that have numbers and a gradient, without those whose gradient is not finite."""
+    present = [(index, p) for index, p in enumerate(group["params"]) if p.grad is not None and p.numel()]
     if not present:
         return []
     if any(p.grad.is_sparse for _, p in present):
