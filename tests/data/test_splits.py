@@ -1,5 +1,6 @@
 """Documents are divided reproducibly, without overlap, and published splits stay as they are."""
 
+import json
 import random
 import sys
 from collections import defaultdict
@@ -111,6 +112,21 @@ def test_only_a_bounded_amount_waits_for_the_splits_to_fill(monkeypatch: pytest.
     assert len(read) < 12
     assert {split for split, _ in first} == set(SPLITS)
     assert {split for split, _ in stream} == {"train"}
+
+
+def test_a_first_document_that_is_longer_than_what_waits_does_not_end_the_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(splits, "_MOST_WAITING_CHARACTERS", 50)
+    documents = ["a" * 200, "one", "two", "three"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    result = divided(tmp_path / "a.jsonl")
+    assert set(result) == set(SPLITS) and sorted(documents_of(result)) == sorted(documents)
+
+
+def test_a_text_that_repeats_itself_is_divided_too(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("the same line\n" * 400)
+    assert set(divided(tmp_path / "a.txt")) == set(SPLITS)
 
 
 def test_given_splits_stay_exactly_as_they_are(tmp_path: Path) -> None:

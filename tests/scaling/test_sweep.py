@@ -6,13 +6,14 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
 
 from kalmagrove.data.packing import PackedText
-from kalmagrove.errors import KalmaGroveError
-from kalmagrove.scaling.ladder import Rung, SweepConfig, all_runs, best_scales, rungs
+from kalmagrove.errors import KalmaGroveError, UsageError
+from kalmagrove.scaling.ladder import GROWING_OPTIONS, Rung, SweepConfig, all_runs, best_scales, rungs
 from kalmagrove.scaling.points import read_points
 from kalmagrove.scaling.share import FolderShare, run_path
 from kalmagrove.scaling.study import open_study
@@ -35,8 +36,8 @@ CONFIG = SweepConfig(
 )
 
 
-def result_losses(folder: Path) -> dict[str, float]:
-    share = FolderShare(folder)
+def result_losses(folder: Path, packed: PackedText) -> dict[str, float]:
+    share = FolderShare(folder, packed.fingerprint)
     losses, done = known_losses(CONFIG, share)
     return {rung.key: valid_loss_of(done[rung.key]) for rung in all_runs(CONFIG, losses)}
 
@@ -45,7 +46,7 @@ def result_losses(folder: Path) -> dict[str, float]:
 def finished(packed: PackedText, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     open_run_folder(folder, plain_options(CONFIG)).release()
-    work(CONFIG, packed, folder, FolderShare(folder))
+    work(CONFIG, packed, folder, FolderShare(folder, packed.fingerprint))
     return folder
 
 
@@ -65,8 +66,36 @@ def test_a_ladder_that_grows_trains_only_what_is_new(packed: PackedText, tmp_pat
         done(replace(small, head_dim=4))
 
 
+def test_runs_on_another_text_are_not_mixed_with_these(finished: Path, packed: PackedText) -> None:
+    share = FolderShare(finished, "of another text")
+    with pytest.raises(UsageError, match=r"seed-0 was trained on other data; give the same data, or another --out"):
+        known_losses(CONFIG, share)
+
+
+def test_a_sweep_waits_for_one_that_begins_beside_it(packed: PackedText, tmp_path: Path) -> None:
+    small = replace(CONFIG, families="kalmagrove", sizes=["16x1"], tokens=["512"])
+    held = open_run_folder(tmp_path / "ladder", plain_options(small))
+    Timer(1.0, held.release).start()
+    facts = sweep(small, packed, tmp_path / "ladder", workers=1, storage=None, command="kalmagrove scale sweep")
+    assert facts["runs"] == 1
+
+
+def test_the_watch_of_a_ladder_that_grows_has_not_ended(packed: PackedText, tmp_path: Path) -> None:
+    small = replace(CONFIG, families="kalmagrove", sizes=["16x1"], tokens=["512"])
+    sweep(small, packed, tmp_path / "ladder", workers=1, storage=None, command="kalmagrove scale sweep")
+    watch = FolderWatch(tmp_path / "ladder")
+    assert watch.has_ended(watch.read())
+    grown = replace(small, seeds="0,1")
+    with open_run_folder(tmp_path / "ladder", plain_options(grown), allow_changed=GROWING_OPTIONS) as root:
+        root.write_config(plain_options(grown))
+    watch = FolderWatch(tmp_path / "ladder")
+    assert not watch.has_ended(watch.read())
+
+
 def test_the_table_has_a_sound_point_for_each_run(finished: Path, packed: PackedText) -> None:
-    facts = write_tables(CONFIG, packed, finished, FolderShare(finished), command="kalmagrove scale sweep")
+    facts = write_tables(
+        CONFIG, packed, finished, FolderShare(finished, packed.fingerprint), command="kalmagrove scale sweep"
+    )
     table = read_points(finished)
     assert facts["runs"] == facts["planned_runs"] == len(table.points) == 8 and not table.left_out
     assert facts["models"]["families"]["kalmagrove"] == {"preset": "kalmagrove", "optim": "kalma"}
@@ -88,7 +117,7 @@ def test_a_sweep_can_be_watched(finished: Path, packed: PackedText) -> None:
     assert {state.name for state in states} >= {"runs/llama/16x1/512/lr-x1/seed-0"}
     (finished / "sweep.json").unlink(missing_ok=True)
     assert not watch.has_ended(states)
-    write_tables(CONFIG, packed, finished, FolderShare(finished), command="")
+    write_tables(CONFIG, packed, finished, FolderShare(finished, packed.fingerprint), command="")
     assert watch.has_ended(states)
 
 
@@ -110,17 +139,17 @@ def test_a_worker_that_is_stopped_goes_on_to_the_same_losses(
     stops = 0
     while True:
         try:
-            work(CONFIG, packed, tmp_path, FolderShare(tmp_path))
+            work(CONFIG, packed, tmp_path, FolderShare(tmp_path, packed.fingerprint))
             break
         except Interrupted as stopped:
             assert stopped.exit_code == 128 + signal.SIGTERM
             stops += 1
     assert stops > 4
-    assert result_losses(tmp_path) == result_losses(finished)
+    assert result_losses(tmp_path, packed) == result_losses(finished, packed)
 
 
 def test_a_run_that_another_process_holds_is_left_alone(packed: PackedText, tmp_path: Path) -> None:
-    share = FolderShare(tmp_path)
+    share = FolderShare(tmp_path, packed.fingerprint)
     todo = runs_to_do(CONFIG, share, packed.vocab_size)
     with open_run_folder(run_path(tmp_path, todo[0]), {"any": "thing"}):
         claim = share.take(todo)
@@ -143,7 +172,7 @@ def test_a_run_that_diverges_has_an_outcome_and_is_left_out_by_name(
     monkeypatch.setattr(TrainingRun, "train_step", diverge)
     config = replace(CONFIG, families="llama", sizes=["16x1"], tokens=["512", "1024"], lr_exponent=0.0)
     config = replace(config, loop=replace(config.loop, tokens="1024"))
-    share = FolderShare(tmp_path)
+    share = FolderShare(tmp_path, packed.fingerprint)
     run = rungs(config, {"llama": 1.0})[0]
     work(config, packed, tmp_path, share)
     assert RunFolder(run_path(tmp_path, run)).read_result()["diverged"]  # type: ignore[index]
@@ -155,7 +184,7 @@ def test_a_run_that_diverges_has_an_outcome_and_is_left_out_by_name(
 
 def test_trials_choose_the_rate_and_the_check_is_reported(packed: PackedText, tmp_path: Path) -> None:
     config = replace(CONFIG, families="llama", trials=3, tuned_sizes=1, checked_size="32x1", tokens=["512"])
-    share = FolderShare(tmp_path)
+    share = FolderShare(tmp_path, packed.fingerprint)
     work(config, packed, tmp_path, share)
     losses, done = known_losses(config, share)
     known = {key: valid_loss_of(result) for key, result in done.items()}
@@ -205,16 +234,24 @@ def test_a_worker_that_gives_no_sign_loses_its_run(
     claim = share.take(todo)
     assert claim is not None and share.take(todo) is None
     monkeypatch.setattr("kalmagrove.scaling.study.SECONDS_UNTIL_LOST", -1.0)
-    assert share.take(todo) is not None
+    again = share.take(todo)
+    assert again is not None
+    # It comes back with an outcome that nobody waits for any more.
+    claim.finish({"valid": {"loss": 1.0}})
+    assert share.results(todo) == {}
+    again.finish({"valid": {"loss": 2.0}})
+    assert share.results(todo)[todo[0].key]["valid"]["loss"] == 2.0
 
 
 def test_another_ladder_has_another_study(packed: PackedText, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     place = str(tmp_path / "journal.log")
     one = open_study(place, CONFIG, packed.fingerprint)
-    other = open_study(place, replace(CONFIG, sizes=["16x1"]), packed.fingerprint)
-    same = open_study(place, replace(CONFIG, loop=replace(CONFIG.loop, log_every=7)), packed.fingerprint)
-    assert one.study.study_name == same.study.study_name != other.study.study_name
+    others = [replace(CONFIG, head_dim=4), replace(CONFIG, loop=replace(CONFIG.loop, batch_size=2))]
+    grown = [replace(CONFIG, sizes=["16x1", "32x1", "48x1"]), replace(CONFIG, seeds="0,1")]
+    same = [replace(CONFIG, loop=replace(CONFIG.loop, log_every=7)), *grown]
+    names = [open_study(place, config, packed.fingerprint).study.study_name for config in (*same, *others)]
+    assert [name == one.study.study_name for name in names] == [True] * len(same) + [False] * len(others)
 
 
 def test_a_storage_that_cannot_be_opened_is_named(packed: PackedText, tmp_path: Path) -> None:
@@ -224,5 +261,5 @@ def test_a_storage_that_cannot_be_opened_is_named(packed: PackedText, tmp_path: 
 
 
 def test_the_longest_runs_come_first(packed: PackedText, tmp_path: Path) -> None:
-    todo: list[Rung] = runs_to_do(CONFIG, FolderShare(tmp_path), packed.vocab_size)
+    todo: list[Rung] = runs_to_do(CONFIG, FolderShare(tmp_path, packed.fingerprint), packed.vocab_size)
     assert todo[0].size == "32x1" and todo[0].tokens == 1024 and todo[-1].size == "16x1"

@@ -358,6 +358,25 @@ def test_other_data_is_refused(packed: PackedText, text_file: Path, tmp_path: Pa
         TrainingSession(config(), other, tmp_path / "run")
 
 
+def test_other_data_is_refused_by_a_finished_run_too(packed: PackedText, text_file: Path, tmp_path: Path) -> None:
+    train(config(), packed, tmp_path / "run", say=print)
+    other = prepare(str(text_file), tmp_path / "other", vocab_size=300, seed=5)
+    with pytest.raises(UsageError, match="was trained on other data; give the same data, choose another folder"):
+        TrainingSession(config(), other, tmp_path / "run")
+
+
+def test_a_run_goes_on_where_its_text_lies_elsewhere(packed: PackedText, tmp_path: Path) -> None:
+    session = TrainingSession(config(), packed, tmp_path / "run")
+    first = finish(session, 2)
+    session.close()
+    moved = replace(config(), data=replace(config().data, source="elsewhere/book.txt"))
+    session = TrainingSession(moved, packed, tmp_path / "run")
+    rest = finish(session)
+    session.close()
+    assert [*first, *rest] == run_to_the_end(tmp_path / "unbroken", packed, config())[0]
+    assert RunFolder(tmp_path / "run").read_config()["data"]["source"] == "elsewhere/book.txt"
+
+
 def test_too_little_text_says_how_much_is_needed(packed: PackedText) -> None:
     with pytest.raises(KalmaGroveError, match=r"\d+ tokens"):
         TrainingRun(config(context_length=60000, tokens="1m"), packed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kalmagrove.errors import KalmaGroveError
 from kalmagrove.training.signals import Interrupted, StopRequest
@@ -58,6 +59,18 @@ def hold_the_queue(place: int, send: Send, other_works: Path) -> None:
 def test_a_worker_that_dies_while_it_sends_does_not_hold_the_others(tmp_path: Path) -> None:
     with pytest.raises(KalmaGroveError, match="killed by signal 9"):
         run_workers(hold_the_queue, (tmp_path / "works",), workers=2, heard={"number": lambda _: None})
+
+
+def threads(place: int, send: Send) -> None:
+    send("number", torch.get_num_threads())
+
+
+def test_threads_are_divided_by_all_workers_where_fewer_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    heard: list[int] = []
+    run_workers(threads, (), workers=1, sharing_threads=4, heard={"number": heard.append})
+    run_workers(threads, (), workers=1, heard={"number": heard.append})
+    assert heard[0] == max(1, heard[1] // 4)
 
 
 def test_everything_that_workers_send_is_heard() -> None:

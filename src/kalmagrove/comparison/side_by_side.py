@@ -66,6 +66,7 @@ def train_side_by_side(
             _work,
             (config, data.folder, list(runs), described, counter),
             workers=min(workers, len(runs)),
+            sharing_threads=workers,
             heard={"line": say, "loss": lambda found: losses.update([found]), "step": shown.update},
         )
     return [losses[index] for index in range(len(runs))]

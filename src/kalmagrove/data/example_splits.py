@@ -60,9 +60,10 @@ def _divided(source: str, examples: Iterator[Example], division: Division) -> It
             yield from ((division.split(kept.content()), kept) for kept in waiting)
             break
     else:
-        if len(waiting) < len(division.splits):
+        different = len({kept.content() for kept in waiting})
+        if different < len(division.splits):
             raise KalmaGroveError(
-                f"{source} holds {len(waiting)} rows, too few for {', '.join(division.splits)}; give more"
+                f"{source} holds {different} different rows, too few for {', '.join(division.splits)}; give more"
             )
         yield from zip(filled_splits([kept.content() for kept in waiting], division), waiting, strict=True)
     yield from ((division.split(example.content()), example) for example in examples)

@@ -162,7 +162,9 @@ def _divide(documents: Iterable[str], division: Division) -> Iterator[tuple[str,
         waiting.append(document)
         characters += len(document)
         filled.add(division.split(document))
-        if len(filled) == len(division.splits) or characters > _MOST_WAITING_CHARACTERS:
+        if len(filled) == len(division.splits):
+            break
+        if characters > _MOST_WAITING_CHARACTERS and len(waiting) >= len(division.splits):
             break
     else:
         # Holding a whole document out of a few, or of a few long ones, would take far more than the fractions.
@@ -174,21 +176,20 @@ def _divide(documents: Iterable[str], division: Division) -> Iterator[tuple[str,
 
 
 def filled_splits(texts: list[str], division: Division) -> list[str]:
-    """The split of each text; a split that got none takes one from the split that has most.
+    """The split of each text, equal ones in one; a split that got none takes a text from the split that has most.
 
     Raises:
-        KalmaGroveError: There are fewer texts than splits.
+        KalmaGroveError: There are fewer different texts than splits.
     """
-    if len(texts) < len(division.splits):
+    placed = {text: division.split(text) for text in texts}
+    if len(placed) < len(division.splits):
         raise KalmaGroveError(
             f"the source holds too little text to be divided into {', '.join(division.splits)}; give a longer one"
         )
-    splits = [division.split(text) for text in texts]
-    for empty in (split for split in division.splits if split not in splits):
-        fullest = Counter(splits).most_common(1)[0][0]
-        candidates = [place for place, split in enumerate(splits) if split == fullest]
-        splits[min(candidates, key=lambda place: division.share(texts[place]))] = empty
-    return splits
+    for empty in [split for split in division.splits if split not in placed.values()]:
+        fullest = Counter(placed.values()).most_common(1)[0][0]
+        placed[min((text for text, split in placed.items() if split == fullest), key=division.share)] = empty
+    return [placed[text] for text in texts]
 
 
 def _divide_blocks(documents: list[str], division: Division) -> Iterator[tuple[str, str]]:
@@ -196,7 +197,11 @@ def _divide_blocks(documents: list[str], division: Division) -> Iterator[tuple[s
     characters = sum(len(document) for document in documents)
     longest = max(1, min(_BLOCK_CHARACTERS, characters // _FEWEST_BLOCKS))
     blocks = [(number, block) for number, text in enumerate(documents) for block in cut_at_line_ends(text, longest)]
-    splits = filled_splits([block for _, block in blocks], division)
+    texts = [block for _, block in blocks]
+    if len(set(texts)) < len(division.splits):
+        # A text that repeats itself is divided all the same.
+        texts = [f"{place} {block}" for place, block in enumerate(texts)]
+    splits = filled_splits(texts, division)
     placed = [(split, number, block) for split, (number, block) in zip(splits, blocks, strict=True)]
     for (split, _), run in groupby(placed, key=lambda item: item[:2]):
         yield split, "".join(block for _, _, block in run)

@@ -27,6 +27,11 @@ from kalmagrove.training.rate_trials import MOST_FURTHER_TRIALS, best_scale, fur
 
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
+GROWING_OPTIONS = frozenset(
+    {"families", "sizes", "tokens", "rank_ratios", "seeds", "repeated_sizes", "trials", "checked_size"}
+)
+"""Options that say which runs there are and not what a run is, so that a ladder may get more of them."""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import Rung
 from kalmagrove.training.run_folder import RunFolder
 from kalmagrove.training.watching import is_in_use
@@ -53,18 +54,27 @@ class FolderShare:
 
     Attributes:
         folder: Of the sweep.
+        data_fingerprint: Of the text that its runs are trained on.
     """
 
     folder: Path
+    data_fingerprint: str
 
     def results(self, runs: Iterable[Rung]) -> dict[str, Result]:
         """The ``result.json`` of each run that has one.
 
         Raises:
+            UsageError: One is of another text.
             KalmaGroveError: One is not JSON.
         """
         found = {rung.key: RunFolder(run_path(self.folder, rung)).read_result() for rung in runs}
-        return {key: result for key, result in found.items() if result is not None}
+        known: dict[str, Result] = {key: result for key, result in found.items() if result is not None}
+        for key, result in known.items():
+            if result.get("data_fingerprint", self.data_fingerprint) != self.data_fingerprint:
+                raise UsageError(
+                    f"{self.folder / 'runs' / key} was trained on other data; give the same data, or another --out"
+                )
+        return known
 
     def take(self, runs: Sequence[Rung]) -> Claim | None:
         """The first run whose folder nobody holds; another worker may still be faster to lock it."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from kalmagrove.errors import KalmaGroveError, first_line
-from kalmagrove.scaling.ladder import Rung, SweepConfig
+from kalmagrove.scaling.ladder import GROWING_OPTIONS, Rung, SweepConfig
 from kalmagrove.scaling.share import Claim, Result
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options
 
@@ -59,6 +59,8 @@ def open_study(storage: str, config: SweepConfig, data_fingerprint: str) -> Stud
 
 def _identity(config: SweepConfig, data_fingerprint: str) -> str:
     options = plain_options(config)
+    for name in GROWING_OPTIONS:
+        options.pop(name, None)
     for name in NEUTRAL_OPTIONS:
         section, _, key = name.partition(".")
         if isinstance(options.get(section), dict):
@@ -165,12 +167,14 @@ class StudyClaim:
         """The outcome goes with the trial, so that every machine has it."""
         import optuna
 
-        self._trial.set_user_attr(_RESULT, json.dumps(result))
         valid = result.get("valid") or {}
         state = optuna.trial.TrialState
         loss = valid.get("loss")
-        # A run that diverged has no value, but is done.
-        self._study.tell(self._trial, values=float("inf") if loss is None else loss, state=state.COMPLETE)
+        # Somebody else has the run where this machine gave no sign of life for too long: theirs counts.
+        with suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._trial.set_user_attr(_RESULT, json.dumps(result))
+            # A run that diverged has no value, but is done.
+            self._study.tell(self._trial, values=float("inf") if loss is None else loss, state=state.COMPLETE)
 
     def give_back(self) -> None:
         """The trial has failed, and the run gets a new one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,21 +11,20 @@ from typing import Any
 
 from kalmagrove.data.packing import PackedText, open_packed
 from kalmagrove.files import finite_or_null, write_json_atomic, write_text_atomic
-from kalmagrove.scaling.ladder import SweepConfig, all_runs, best_scales, checks, rungs
+from kalmagrove.locks import FolderInUse
+from kalmagrove.scaling.ladder import GROWING_OPTIONS, SweepConfig, all_runs, best_scales, checks, rungs
 from kalmagrove.scaling.points import TABLE
 from kalmagrove.scaling.progress import SweepProgress
 from kalmagrove.scaling.share import FolderShare, Share
 from kalmagrove.scaling.worker import known_losses, outcome_rows, tuning_report, work
 from kalmagrove.training.config import NEUTRAL_OPTIONS, plain_options, usual_options
 from kalmagrove.training.environment import describe_environment
-from kalmagrove.training.run_folder import open_run_folder, valid_loss_of
+from kalmagrove.training.run_folder import RunFolder, open_run_folder, valid_loss_of
 from kalmagrove.training.watching import SWEEP_FACTS
 from kalmagrove.training.worker_processes import Send, loop_of_worker, run_workers
 
-GROWING_OPTIONS = frozenset(
-    {"families", "sizes", "tokens", "rank_ratios", "seeds", "repeated_sizes", "trials", "checked_size"}
-)
-"""Options that say which runs there are and not what a run is, so that a ladder may get more of them."""
+SECONDS_FOR_THE_FOLDER = 20.0
+"""Machines that begin together take turns; a folder that is held for longer is in use."""
 
 
 def sweep(
@@ -51,7 +51,7 @@ def sweep(
     """
     options = plain_options(config)
     may_change = NEUTRAL_OPTIONS | GROWING_OPTIONS
-    with open_run_folder(folder, options, allow_changed=may_change, usual=usual_options(config)) as root:
+    with _claimed(folder, options, may_change, usual_options(config)) as root:
         root.write_config(options)
     share = open_share(config, data, folder, storage)
     losses, done = known_losses(config, share)
@@ -60,10 +60,22 @@ def sweep(
     return write_tables(config, data, folder, share, command=command)
 
 
+def _claimed(folder: Path, options: dict[str, Any], may_change: frozenset[str], usual: dict[str, Any]) -> RunFolder:
+    """The sweep's folder, held for a moment: machines that begin together wait for one another."""
+    end = time.monotonic() + SECONDS_FOR_THE_FOLDER
+    while True:
+        try:
+            return open_run_folder(folder, options, allow_changed=may_change, usual=usual)
+        except FolderInUse:
+            if time.monotonic() > end:
+                raise
+            time.sleep(random.uniform(0.05, 0.2))
+
+
 def open_share(config: SweepConfig, data: PackedText, folder: Path, storage: str | None) -> Share:
     """How the workers of a ladder divide its runs."""
     if storage is None:
-        return FolderShare(folder)
+        return FolderShare(folder, data.fingerprint)
     from kalmagrove.scaling.study import open_study
 
     return open_study(storage, config, data.fingerprint)

@@ -33,6 +33,9 @@ from kalmagrove.world import ALONE, World
 
 EVALUATIONS = 10
 
+_MAY_CHANGE = NEUTRAL_OPTIONS | {"data.source"}
+"""Where a run's text lies may change too: it is the same by its content, or refused."""
+
 
 class TrainingSession:
     """A run that lives in a folder.
@@ -73,8 +76,11 @@ class TrainingSession:
             self.energy: EnergyMeter | None = None
             on_failure.callback(self._end_watching)
             # A complete folder is only read.
-            if not self.finished:
+            if self.finished:
+                self._require_same_text()
+            else:
                 self._resume(warn)
+                self._keep_source()
             self.resumed_from = self.run.step
             on_failure.pop_all()
 
@@ -87,7 +93,7 @@ class TrainingSession:
         if self.world.is_first:
             try:
                 folder = open_run_folder(
-                    path, plain_options(config), allow_changed=NEUTRAL_OPTIONS, usual=usual_options(config)
+                    path, plain_options(config), allow_changed=_MAY_CHANGE, usual=usual_options(config)
                 )
             except (KalmaGroveError, OSError) as error:
                 refusal = error
@@ -97,6 +103,27 @@ class TrainingSession:
         if is_refused:
             raise UsageError("the first process could not open the run folder")
         return folder
+
+    def _require_same_text(self) -> None:
+        """A text is known by its content: what was trained on another one is no run of this configuration.
+
+        Raises:
+            UsageError: The folder's result is of another text.
+        """
+        result = self.folder.read_result() or {}
+        if result.get("data_fingerprint", self.run.data.fingerprint) != self.run.data.fingerprint:
+            raise UsageError(
+                f"{self.folder.path} was trained on other data; give the same data, choose another folder or delete "
+                "this one"
+            )
+
+    def _keep_source(self) -> None:
+        """The same text may lie elsewhere than when the run began: the configuration says where it is now."""
+        stored = self.folder.read_config()
+        source = plain_options(self.run.config)["data"]["source"]
+        if self.world.is_first and isinstance(stored.get("data"), dict) and stored["data"].get("source") != source:
+            self.folder.write_config(stored | {"data": stored["data"] | {"source": source}})
+        self.world.wait()
 
     def _resume(self, warn: Callable[[str], None]) -> None:
         checkpoint, damaged = latest_checkpoint(self.folder.checkpoints_path)

@@ -235,8 +235,10 @@ class FolderWatch:
     def has_ended(self, states: list[RunState]) -> bool:
         """Whether nothing more will come: not where a run has stopped, since it may go on."""
         if self._is_sweep:
-            # Its table is the last thing that a sweep writes.
-            return (self.folder / SWEEP_FACTS).is_file() and all(state.status in ENDED for state in states)
+            # Its facts are the last thing that a sweep writes, of the ladder that there was.
+            facts = _plan(self.folder / SWEEP_FACTS)
+            is_whole = bool(facts) and facts.get("config") == _read_config(self.folder)
+            return is_whole and all(state.status in ENDED for state in states)
         if not self.is_comparison:
             return all(state.status in ENDED for state in states)
         # Memory is the last thing that a comparison measures.

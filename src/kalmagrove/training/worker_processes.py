@@ -53,6 +53,7 @@ def run_workers(
     workers: int,
     heard: Mapping[str, Callable[[Any], None]],
     looked: Callable[[], None] = lambda: None,
+    sharing_threads: int | None = None,
 ) -> None:
     """Starts the workers and waits until all have ended.
 
@@ -62,6 +63,8 @@ def run_workers(
         workers: How many.
         heard: What to do with a message, by its kind.
         looked: Called now and then while they work.
+        sharing_threads: Workers that this machine's threads are divided by; None is all of these. More where fewer
+            runs are left than there are workers: sums over another number of threads are rounded otherwise.
 
     Raises:
         Interrupted: A signal came; every worker was asked to save and has ended.
@@ -71,7 +74,7 @@ def run_workers(
     messages: Any = context.Queue()
     over = context.Event()
     processes = [
-        context.Process(target=_worker, args=(work, place, workers, messages, over, arguments))
+        context.Process(target=_worker, args=(work, place, sharing_threads or workers, messages, over, arguments))
         for place in range(workers)
     ]
     with StopRequest() as stop:
@@ -141,9 +144,9 @@ def _end(processes: list[Any]) -> None:
         process.join()
 
 
-def _worker(work: Work, place: int, workers: int, messages: Any, over: Any, arguments: Sequence[Any]) -> None:
+def _worker(work: Work, place: int, sharing_threads: int, messages: Any, over: Any, arguments: Sequence[Any]) -> None:
     keep_freed_memory()
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    torch.set_num_threads(max(1, torch.get_num_threads() // sharing_threads))
     Thread(target=_end_without_parent, args=(messages,), daemon=True).start()
     try:
         with _told(messages):

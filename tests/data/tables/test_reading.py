@@ -148,9 +148,20 @@ def test_files_that_are_named_as_splits_keep_their_rows(tmp_path: Path) -> None:
     assert 1 <= sum(split == "test" for split, _ in found) < 30
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_equal_rows_are_in_one_split_where_a_split_is_filled_up(seed: int, tmp_path: Path) -> None:
+    rows = [f"{number},{number % 3}" for number in range(8)] * 10
+    path = write(tmp_path, "t.csv", "\n".join(["a,b", *rows]) + "\n")
+    places: dict[str, set[str]] = {}
+    for split, row in split_rows(str(path), seed=seed):
+        places.setdefault(str(row.cells["a"]), set()).add(split)
+    assert all(len(splits) == 1 for splits in places.values())
+    assert set.union(*places.values()) == {"train", "valid", "test"}
+
+
 def test_three_rows_are_enough_for_three_splits_and_two_are_not(tmp_path: Path) -> None:
     path = write(tmp_path, "t.csv", many_rows(0, 3))
     assert sorted(split for split, _ in split_rows(str(path), seed=0)) == ["test", "train", "valid"]
     path = write(tmp_path, "t.csv", many_rows(0, 2))
-    with pytest.raises(KalmaGroveError, match="holds 2 rows, too few for train, valid, test"):
+    with pytest.raises(KalmaGroveError, match="holds 2 different rows, too few for train, valid, test"):
         list(split_rows(str(path), seed=0))
