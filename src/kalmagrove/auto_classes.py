@@ -30,7 +30,7 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM
 
     from kalmagrove.models.compressed import CompressedForCausalLM
     from kalmagrove.models.compressed_config import CompressedConfig
@@ -39,6 +39,9 @@ def _register_model() -> None:
 
     AutoModelForCausalLM.register(KalmaGroveConfig, KalmaGroveForCausalLM, exist_ok=True)
     AutoModelForCausalLM.register(CompressedConfig, CompressedForCausalLM, exist_ok=True)
+    # Its trainer shifts the labels of the classes that are named here, where it reckons a loss of its own.
+    for config, model in ((KalmaGroveConfig, KalmaGroveForCausalLM), (CompressedConfig, CompressedForCausalLM)):
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
 
 
 _REGISTRATIONS: dict[str, Callable[[], None]] = {

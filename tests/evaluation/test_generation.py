@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
@@ -78,6 +79,10 @@ def test_top_k_keeps_the_likeliest() -> None:
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, {0}), (0.65, {0, 1}), (0.9, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: set[int]) -> None:
     assert set(draws(top_p=top_p)) == kept
+
+
+def test_a_top_p_that_is_nearly_nothing_keeps_the_likeliest() -> None:
+    assert set(draws(top_p=1e-50)) == {0}
 
 
 def compressed(dense: PreTrainedModel, kind: str) -> CompressedForCausalLM:
@@ -191,6 +196,13 @@ def test_nothing_of_a_stop_string_is_given(case: str, tokenizer: Tokenizer) -> N
 def opened(tokenizer: Tokenizer, ends: frozenset[int] = frozenset()) -> OpenModel:
     sizes = OURS | {"vocab_size": tokenizer.get_vocab_size()}
     return OpenModel(build_model(model_config("kalmagrove", sizes), seed=0).eval(), tokenizer, ends, 40)
+
+
+def test_a_prompt_gets_the_tokens_that_its_tokeniser_wants_before_a_text(tokenizer: Tokenizer) -> None:
+    own = Tokenizer.from_str(tokenizer.to_str())
+    own.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    assert encode_prompt(opened(own), "The river") == [0, *encode_prompt(opened(tokenizer), "The river")]
+    assert encode_prompt(opened(own), "The river", is_templated=True) == encode_prompt(opened(tokenizer), "The river")
 
 
 def test_a_text_ends_at_its_most_tokens_at_the_context_or_at_an_end_token(tokenizer: Tokenizer) -> None:

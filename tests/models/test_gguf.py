@@ -148,9 +148,14 @@ def test_matrices_keep_their_number_type_and_vectors_are_float32(
     assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
 
 
-def test_an_adaptor_is_merged_and_a_chat_template_taken_along(packed: PackedText, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adaptor_is_merged_and_a_chat_template_taken_along(place: str, packed: PackedText, tmp_path: Path) -> None:
     folder = folder_of(MODELS["llama"](), packed.load_tokenizer(), tmp_path / "model")
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    if place.endswith(".json"):
+        options = json.loads((folder / place).read_text()) if (folder / place).is_file() else {}
+        (folder / place).write_text(json.dumps(options | {"chat_template": "{{ messages }}"}))
+    else:
+        (folder / place).write_text("{{ messages }}")
     adaptors = Adaptors(load_model(folder))
     with torch.no_grad():
         for core in adaptors.add_adaptor("legal", rank=4).values():

@@ -43,6 +43,13 @@ def _is_json(body: Any) -> bool:
     return "Infinity" not in json.dumps(body)
 
 
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_a_field_that_asks_for_nothing_may_be_any_number_of_its_value(value: float) -> None:
+    completion_of({"prompt": "a", "presence_penalty": value}, most_tokens=5, next_seed=lambda: 1)
+    with pytest.raises(RequestError, match="does not offer presence_penalty"):
+        completion_of({"prompt": "a", "presence_penalty": False}, most_tokens=5, next_seed=lambda: 1)
+
+
 @pytest.mark.parametrize(
     ("parse", "body"),
     [

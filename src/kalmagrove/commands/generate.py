@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -49,6 +50,9 @@ def run(words: Sequence[str]) -> None:
     if options.json:
         print_json({"prompt": options.prompt, "text": "".join(pieces)}, indent=None)
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A redirected output may know fewer characters than the model.
+        sys.stdout.reconfigure(errors="replace")
     sys.stdout.write(options.prompt)
     for piece in pieces:
         sys.stdout.write(piece)

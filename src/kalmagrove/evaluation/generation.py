@@ -17,7 +17,7 @@ from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.generated_text import GeneratedText
 from kalmagrove.evaluation.next_logits import begin_text
-from kalmagrove.models.convert import model_folder
+from kalmagrove.models.convert import context_of, model_folder
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import choose_device
 
@@ -100,6 +100,8 @@ def choose_token(logits: Tensor, *, temperature: float, top_k: int, top_p: float
     probabilities = (logits.float() / temperature).softmax(dim=-1).cpu()
     values, order = probabilities.sort(dim=-1, descending=True)
     keep = values.cumsum(dim=-1) - values < top_p
+    # A top_p that float32 does not hold would keep nothing.
+    keep[:, 0] = True
     if top_k > 0:
         keep[:, top_k:] = False
     drawn = torch.multinomial(values * keep, 1, generator=generator)
@@ -124,11 +126,16 @@ def open_model(source: str, *, adaptor: str | None = None, device: str = "auto")
     # A chat model ends its turn with a token of its own, beside the one that ends a text.
     own = getattr(model.generation_config, "eos_token_id", None)
     ends = frozenset([end_of_text_id(tokenizer), *(own if isinstance(own, list) else [] if own is None else [own])])
-    return OpenModel(model, tokenizer, ends, int(model.config.max_position_embeddings))
+    return OpenModel(model, tokenizer, ends, context_of(model.config))
 
 
-def encode_prompt(opened: OpenModel, prompt: str) -> list[int]:
-    """The tokens of a prompt; of an empty one the end-of-text token, with which a text begins.
+def encode_prompt(opened: OpenModel, prompt: str, *, is_templated: bool = False) -> list[int]:
+    """The tokens of a prompt, with those that its tokeniser wants before a text; of none the end-of-text token.
+
+    Args:
+        opened: The model.
+        prompt: Text.
+        is_templated: Whether a chat template wrote it, with all special tokens that it wants.
 
     Raises:
         UsageError: It is not text.
@@ -136,7 +143,8 @@ def encode_prompt(opened: OpenModel, prompt: str) -> list[int]:
     """
     if not is_unicode(prompt):
         raise UsageError("the prompt is not valid UTF-8")
-    ids = opened.tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text_id(opened.tokenizer)]
+    ids = opened.tokenizer.encode(prompt, add_special_tokens=not is_templated).ids
+    ids = ids or [end_of_text_id(opened.tokenizer)]
     if max(ids) >= opened.model.config.vocab_size:
         raise KalmaGroveError("the tokeniser has tokens that its model does not know; put back the model's own")
     return list(ids)

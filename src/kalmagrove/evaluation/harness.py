@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from kalmagrove.adaptors.opening import open_with_adaptor
 from kalmagrove.errors import KalmaGroveError, UsageError, first_line
 from kalmagrove.evaluation.tasks import TASKS, find_rows, read_rows, write_task_folder
-from kalmagrove.models.convert import model_folder
+from kalmagrove.models.convert import context_of, model_folder
 from kalmagrove.nn.grove import composed_weights
 from kalmagrove.precision import choose_device, choose_precision
 
@@ -64,7 +64,7 @@ def run_tasks(
     chosen_device = choose_device(device)
     is_short = choose_precision(precision, chosen_device) == "bf16"
     loaded = open_with_adaptor(model, adaptor).to(chosen_device)
-    longest = int(loaded.config.max_position_embeddings)
+    longest = context_of(loaded.config)
     length = longest if context_length is None else context_length
     if not 1 < length <= longest:
         raise UsageError(f"--context_length must be between 2 and {longest}, the model's context; got {length}")

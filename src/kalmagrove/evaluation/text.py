@@ -18,7 +18,7 @@ from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.evaluation.perplexity import Scores, scores_from_nats
 from kalmagrove.evaluation.synthetic import Reference, reference_of, with_references
-from kalmagrove.models.convert import model_folder
+from kalmagrove.models.convert import context_of, model_folder
 from kalmagrove.models.scoring import nats_of_windows
 from kalmagrove.precision import choose_device, choose_precision
 
@@ -62,7 +62,7 @@ def score_text(
     chosen_device = choose_device(device)
     chosen_precision = choose_precision(precision, chosen_device)
     loaded = open_with_adaptor(model, adaptor).to(chosen_device)
-    limit = int(loaded.config.max_position_embeddings)
+    limit = context_of(loaded.config)
     length = limit if context_length is None else context_length
     step = length if stride is None else stride
     if not 0 < step <= length <= limit:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kalmagrove.data.tokenizer import end_of_text_id, load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
-from kalmagrove.files import whole_file
+from kalmagrove.files import read_json_object, whole_file
 
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "gpt2": gguf.MODEL_ARCH.GPT2}
 TYPES = {
@@ -175,9 +175,18 @@ def _add_tokenizer(writer: gguf.GGUFWriter, found: dict[str, Any], folder: Path,
     for add, own in ((writer.add_bos_token_id, config.bos_token_id), (writer.add_eos_token_id, config.eos_token_id)):
         add(own if isinstance(own, int) else end)
     writer.add_add_bos_token(False)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        writer.add_chat_template(template.read_text(encoding="utf-8"))
+    template = _chat_template(folder)
+    if template is not None:
+        writer.add_chat_template(template)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """Of a file of its own, or as older folders have it among the tokeniser's options; None where there is none."""
+    own, options = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text(encoding="utf-8")
+    found = read_json_object(options, "put back the model's own").get("chat_template") if options.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def _kind_of(token: dict[str, Any]) -> gguf.TokenType:

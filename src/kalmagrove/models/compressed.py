@@ -56,9 +56,33 @@ class CompressedForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.decoder.get_output_embeddings()
 
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    @property
+    def accepts_loss_kwargs(self) -> bool:
+        """Whether the loss can be reckoned over several batches, which transformers' trainer asks."""
+        return bool(getattr(self.decoder, "accepts_loss_kwargs", True))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As the dense model's."""
-        return self.decoder(input_ids=input_ids, **kwargs)
+        return self.decoder(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Not here.
+
+        Raises:
+            NotImplementedError: Always; a call that asks for the size as it is, with no number, is the decoder's.
+        """
+        if args or kwargs:
+            raise NotImplementedError(
+                "a compressed model keeps its vocabulary; write it as a dense one (kalmagrove compress --dense_out) "
+                "and resize that"
+            )
+        return self.get_input_embeddings()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As the dense model's."""

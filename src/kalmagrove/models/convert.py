@@ -144,11 +144,38 @@ def load_model(folder: str | Path) -> PreTrainedModel:
     with _quiet_transformers():
         try:
             _check_sizes(Path(folder))
-            model = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=False, use_safetensors=True)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                str(folder), trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
         except Exception as error:
             raise KalmaGroveError(f"cannot load a model from {folder}: {first_line(error)}") from error
+    # What is missing would be random numbers, new ones each time.
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise KalmaGroveError(
+            f"cannot load a model from {folder}: its weights have no {missing[0]}; give a whole folder"
+        )
     loaded: PreTrainedModel = model
     return loaded.eval()
+
+
+_CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def context_of(config: Any) -> int:
+    """The most tokens that a model of any architecture sees.
+
+    Raises:
+        KalmaGroveError: Its configuration does not say.
+    """
+    for name in _CONTEXT_NAMES:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise KalmaGroveError(
+        f"the configuration of this {getattr(config, 'model_type', 'model')} does not say how long its context is; "
+        "write max_position_embeddings into its config.json"
+    )
 
 
 def _check_sizes(folder: Path) -> None:

@@ -306,6 +306,7 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         features: dict[str, Tensor] | None = None,
         axes: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **_: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Logits (batch, sequence, vocabulary), and the mean loss in nats where ``labels`` are given.
@@ -325,12 +326,21 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
             return_dict: False gives a tuple in the place of named outputs.
             features: For each modality (batch, sequence, size), what its placeholders stand for.
             axes: Row and column of each token, (batch, sequence, 2); None is one line.
+            position_ids: (batch, sequence), as frameworks count them; nothing else is possible here.
 
         Raises:
-            ValueError: The mask has holes, or the text is longer than the context.
+            ValueError: The mask has holes, positions are not counted one by one from a row's first token, the cache
+                is another model's, or the text is longer than the context.
         """
         cache = cache if cache is not None else past_key_values
-        padding = _new_padding(attention_mask, inputs_embeds if input_ids is None else input_ids, cache)
+        given = inputs_embeds if input_ids is None else input_ids
+        if cache is not None and not isinstance(cache, DecodingCache):
+            raise ValueError(f"a cache of this model is made by its new_cache(); got a {type(cache).__name__}")
+        if position_ids is not None and given is not None:
+            _require_usual_positions(position_ids, attention_mask, cache)
+        padding = None
+        if attention_mask is not None or cache is not None:
+            padding = _new_padding(attention_mask, given, cache)
         if padding is not None and (features or axes is not None) and bool(padding.any()):
             raise ValueError("features and axes are for texts without padding before them; put it behind the texts")
         if cache is None and padding is not None:
@@ -389,7 +399,19 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         return nats
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with Grove's weights made once."""
+        """As in transformers, with Grove's weights made once.
+
+        Raises:
+            ValueError: Tokens are to be guessed and taken back, which this model's cache cannot do.
+        """
+        own = kwargs.get("generation_config") or self.generation_config
+        asked = {name: kwargs.get(name, getattr(own, name, None)) for name in (*_GUESSING, "guidance_scale")}
+        guess = next((name for name in _GUESSING if asked[name]), None)
+        if guess is not None:
+            raise ValueError(f"{guess} is not possible with this model: its cache cannot take tokens back")
+        if asked["guidance_scale"] not in (None, 1, 1.0):
+            # The second text of guidance would be read by its last token alone.
+            kwargs["use_cache"] = False
         with composed_weights(self):
             return super().generate(*args, **kwargs)
 
@@ -441,17 +463,43 @@ class KalmaGroveForCausalLM(KalmaGrovePreTrainedModel, GenerationMixin):
         return layers
 
 
+_GUESSING = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+"""What generate knows and a cache that forgets cannot do."""
+
+
+@torch.compiler.disable
+def _require_usual_positions(position_ids: Tensor, attention_mask: Tensor | None, cache: DecodingCache | None) -> None:
+    """Refuses positions that begin anew in a row: the texts behind them would see those before.
+
+    Raises:
+        ValueError: They are not counted one by one from the row's first token.
+    """
+    steps = position_ids.diff(dim=-1)
+    if attention_mask is not None and attention_mask.shape == position_ids.shape:
+        steps = steps[(attention_mask[..., 1:] * attention_mask[..., :-1]).bool().expand_as(steps)]
+        first = position_ids[attention_mask.bool() & (attention_mask.cumsum(-1) == 1)]
+    else:
+        first = position_ids[..., 0]
+    begins = (cache is not None and cache.length > 0) or not bool(first.any())
+    if not begins or not bool((steps == 1).all()):
+        raise ValueError(
+            "position_ids must count each row's tokens one by one from 0; several texts in a row need the "
+            "configuration's document_mask and an end-of-text token between them"
+        )
+
+
+# A compiler cannot look into a mask: it stops here, and goes on behind it.
+@torch.compiler.disable
 def _new_padding(attention_mask: Tensor | None, tokens: Tensor | None, cache: DecodingCache | None) -> Tensor | None:
     """Padding before the texts that begin in this forward, (batch,), which a cache remembers; None is none."""
     if cache is not None and cache.length > 0:
         return None
-    # A compiler cannot look into a mask: compiled models are given texts without padding.
-    mask = None if torch.compiler.is_compiling() else attention_mask
     padding = None
-    if mask is not None and not bool(mask.all()):
-        if tokens is None or mask.shape != tokens.shape[:2]:
-            raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {tuple(mask.shape)}")
-        padding = padding_before(mask, with_cache=cache is not None)
+    if attention_mask is not None and not bool(attention_mask.all()):
+        shape = attention_mask.shape
+        if tokens is None or shape != tokens.shape[:2]:
+            raise ValueError(f"attention_mask must be (batch, sequence), as the tokens; got {tuple(shape)}")
+        padding = padding_before(attention_mask, with_cache=cache is not None)
     if cache is not None:
         cache.padding = padding
     return padding

@@ -127,7 +127,8 @@ class GroupMemory:
     def _join(self, name: str, new: Tensor) -> Tensor:
         old = self.state.get(self.prefix + name)
         # A copy of a part gives the whole back.
-        alone = new if new.nbytes == new.untyped_storage().nbytes() else new.clone()
+        size = new.numel() * new.element_size()
+        alone = new if size == new.untyped_storage().nbytes() else new.clone()
         joined = alone if old is None else torch.cat((old, new), dim=2)
         self.state[self.prefix + name] = joined
         return joined

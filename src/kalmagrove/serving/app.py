@@ -122,9 +122,10 @@ async def _answer(
 def _job(served: ServedModels, wanted: Wanted, content: Any) -> tuple[str, Job]:
     name, opened = served.find(wanted.model)
     if isinstance(content, str) or not isinstance(content[0], int):
-        text = content if isinstance(content, str) else served.messages_prompt(content)
+        is_chat = not isinstance(content, str)
+        text = served.messages_prompt(content) if is_chat else content
         try:
-            prompt = encode_prompt(opened, text)
+            prompt = encode_prompt(opened, text, is_templated=is_chat)
         except UsageError as error:
             raise RequestError(400, str(error), code="invalid_value") from error
     else:

@@ -40,10 +40,15 @@ def check_names(body: Mapping[str, Any], known: set[str]) -> None:
             continue
         if name not in NOT_HERE:
             raise RequestError(400, f"unknown field {name[:60]!r}", code="unknown_parameter")
-        if not any(type(value) is type(plain) and value == plain for plain in NOT_HERE[name]):
+        if not any(_kind(value) is _kind(plain) and value == plain for plain in NOT_HERE[name]):
             raise RequestError(
                 400, f"this server does not offer {name}; leave it out", param=name, code="unsupported_parameter"
             )
+
+
+def _kind(value: Any) -> type:
+    """0 and 0.0 are one number in JSON; false is none."""
+    return float if type(value) is int else type(value)
 
 
 def number(body: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:
