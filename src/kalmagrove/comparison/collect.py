@@ -12,6 +12,7 @@ from kalmagrove.comparison.config import CompareConfig, Contestant, Rates
 from kalmagrove.comparison.runs import chosen_rates, run_path
 from kalmagrove.comparison.spikes import spikes_in_a_thousand
 from kalmagrove.comparison.timing import BLOCK, TIMING_WARMUP
+from kalmagrove.data.example_store import PackedExamples
 from kalmagrove.data.training_data import TrainingData
 from kalmagrove.models.accounting import build_empty, count_parameters, decoding_bytes, training_flops_per_token
 from kalmagrove.models.build import model_config
@@ -69,7 +70,7 @@ def collect_results(
             "steps": steps,
             "tokens_per_step": config.loop.tokens_per_step,
             "context_length": config.loop.context_length,
-            "epochs": tokens / data.splits["train"].tokens,
+            "epochs": epochs_of(config, data, steps),
         },
         "seeds": seeds,
         "trials": config.trials,
@@ -193,6 +194,14 @@ def _timed_apart(plan: Mapping[str, Any], name: str) -> dict[int, float]:
     """Times of steps that took turns when all runs were done, as if they were the steps behind the warm-up."""
     seconds = plan.get("timing", {}).get("step_seconds", {}).get(name, [])
     return dict(enumerate(seconds, TIMING_WARMUP + 1))
+
+
+def epochs_of(config: CompareConfig, data: TrainingData, steps: int) -> float:
+    """Passes over the training split: of examples, which fill no context, by their number."""
+    train = data.splits["train"]
+    if isinstance(data, PackedExamples):
+        return steps * config.loop.batch_size / train.documents
+    return steps * config.loop.tokens_per_step / train.tokens
 
 
 def _retime(runs: list[dict[str, Any]], step_seconds: float | None, tokens_per_step: int) -> None:

@@ -126,8 +126,13 @@ def describe_run(run: TrainingRun) -> list[str]:
         f"{run.config.model.preset}: {parameters.total:,} parameters ({parameters.non_embedding:,} without embeddings)",
         f"{run.total_steps} steps of {run.config.loop.tokens_per_step:,} tokens on {describe_device(run)}",
     ]
-    if isinstance(run.data, PackedExamples) and run.data.longest - 1 < run.config.loop.context_length:
-        lines.append(f"the longest example is {run.data.longest - 1} tokens: --loop.context_length would do with that")
+    context = run.config.loop.context_length
+    if isinstance(run.data, PackedExamples) and run.data.longest - 1 < context:
+        longest = run.data.longest - 1
+        lines.append(
+            f"the longest example is {longest} tokens, and {context} of each are counted: with --loop.context_length "
+            f"{longest} the same --tokens are {context / longest:.1f} times as many steps"
+        )
     optim = run.config.optim
     groups = kalma_groups(run.model, weight_decay=optim.weight_decay, **optim.peak_rates())
     methods = {"kalma": optim.name} | ({} if optim.name == "kalma" else {"table": "adamw"})
