@@ -16,9 +16,12 @@ from kalmagrove.quantities import parse_count, parse_duration
         ("4.02k", 4020),
         ("8.12m", 8_120_000),
         ("1e6", 10**6),
+        # As YAML reads 1e6 and 1e16.
+        (1e6, 10**6),
+        (1e16, 10**16),
     ],
 )
-def test_counts(text: str, count: int) -> None:
+def test_counts(text: str | float, count: int) -> None:
     assert parse_count(text) == count
 
 

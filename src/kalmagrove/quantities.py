@@ -14,13 +14,13 @@ SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
-def parse_count(text: str | int) -> int:
+def parse_count(text: str | float) -> int:
     """A number such as 2000000, 500k, 2.5m or 1b.
 
     Raises:
         UsageError: It is not one.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([kmb]?)", str(text).strip().lower().replace("_", ""))
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\+?\d+)?)([kmb]?)", str(text).strip().lower().replace("_", ""))
     if match is None:
         raise UsageError(f"{text!r} is not a number of tokens; write for example 500k, 2m or 1.5b")
     try:

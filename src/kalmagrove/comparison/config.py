@@ -90,7 +90,7 @@ class CompareConfig:
     size: str = "mini"
     seeds: str = "0"
     trials: int = 1
-    trial_tokens: int | str | None = None
+    trial_tokens: int | float | str | None = None
     trial_margin: float = 0.0
     recheck: bool = False
     tune_auxiliary: bool = False
@@ -119,7 +119,7 @@ class CompareConfig:
         self.contestants()
         self.seed_list()
 
-    def _check_trial_tokens(self, tokens: int | str) -> None:
+    def _check_trial_tokens(self, tokens: int | float | str) -> None:
         if self.trials == 1 or self.budget is not None:
             raise UsageError("trial_tokens is for several trials without a budget; give trials, or leave it out")
         replace(self.loop, tokens=tokens)

@@ -250,7 +250,7 @@ class OptimConfig:
             raise UsageError(f"optim.warmup is a part of the run between 0 and 1, got {self.warmup}")
         if not 0 < self.lr_scale <= 100:
             raise UsageError(f"optim.lr_scale must be between 0 and 100, got {self.lr_scale}")
-        if self.grad_clip < 0:
+        if not self.grad_clip >= 0:
             raise UsageError(f"optim.grad_clip must be 0 (none) or positive, got {self.grad_clip}")
 
     def peak_rates(self) -> PeakRates:
@@ -291,7 +291,7 @@ class LoopConfig:
         grow_rank: New ranks of Grove's projections by the step that they come before, e.g. {500: 64}.
     """
 
-    tokens: int | str = "2m"
+    tokens: int | float | str = "2m"
     batch_size: int = 16
     context_length: int = 256
     micro_batch_size: int | None = None
