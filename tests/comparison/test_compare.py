@@ -174,7 +174,10 @@ def test_workers_give_the_same_scores_and_times_that_took_turns(
 def workers_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers do their part one after the other in this process; another test starts real ones."""
 
-    def run_here(work: Work, arguments: Sequence[Any], *, workers: int, heard: dict[str, Any]) -> None:
+    def run_here(
+        work: Work, arguments: Sequence[Any], *, workers: int, sharing_threads: int, heard: dict[str, Any]
+    ) -> None:
+        assert workers <= sharing_threads
         for place in range(workers):
             work(place, lambda kind, content: heard[kind](content), *arguments)
 

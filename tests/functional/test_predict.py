@@ -80,6 +80,7 @@ def test_without_a_target_every_gap_is_filled(
     rows = list(csv.DictReader(text.splitlines())) if name.endswith("csv") else list(map(json.loads, text.splitlines()))
     assert all(value not in ("", None) for row in rows for value in row.values())
     assert [str(rows[0][name]) for name in ("size", "day")] == ["3", "2024-01-05"]
+    assert {type(row["size"]) for row in rows} == {str if name.endswith("csv") else int}
     assert rows[0]["colour"] in ("red", "blue") and rows[1]["colour"] == "red" and rows[2]["colour"] == "pink"
     assert 0 <= int(rows[1]["size"]) <= 9
 

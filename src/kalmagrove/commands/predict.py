@@ -129,7 +129,9 @@ def _predict(opened: ModalityModel, options: Namespace, quantiles: list[float]) 
     codec = open_codec(opened.schema, opened.tokenizer)
     terms = PredictionTerms(options.orders, options.seed, options.batch_size, opened.precision)
     if options.target is None:
-        return complete_table(opened.model, codec, options.data, terms=terms)
+        # JSON tells numbers from text; in a CSV a cell stays as it was written.
+        typed = options.json if options.out is None else options.out.suffix.lower() == ".jsonl"
+        return complete_table(opened.model, codec, options.data, terms=terms, typed=typed)
     return predict_table(opened.model, codec, options.data, target=options.target, quantiles=quantiles, terms=terms)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kalmagrove.data.pieces import iter_document_tokens
-from kalmagrove.data.sources import iter_documents
+from kalmagrove.data.splits import split_documents
 from kalmagrove.data.tokenizer import load_tokenizer
 from kalmagrove.errors import KalmaGroveError, UsageError
 from kalmagrove.models.scoring import nats_of_windows
@@ -34,7 +35,7 @@ class CalibrationText:
 def read_calibration_text(
     data: str | None, tokenizer_folder: str, *, tokens: int, context_length: int, vocab_size: int
 ) -> CalibrationText:
-    """The first ``tokens`` of a text, and an eighth as many that follow them; no more of it is read.
+    """The first ``tokens`` of a text's training split, and an eighth as many that follow them.
 
     Args:
         data: A text as for training; None is the built-in corpus.
@@ -72,12 +73,17 @@ def _first_tokens(data: str | None, tokenizer_folder: str, count: int) -> np.nda
     tokenizer = load_tokenizer(tokenizer_folder)
     parts: list[np.ndarray] = []
     read = 0
-    for tokens in iter_document_tokens(tokenizer, iter_documents(data)):
+    for tokens in iter_document_tokens(tokenizer, _training_documents(data)):
         parts.append(tokens)
         read += len(tokens)
         if read >= count:
             break
     return np.concatenate(parts)[:count] if parts else np.zeros(0, dtype=np.int64)
+
+
+def _training_documents(data: str | None) -> Iterator[str]:
+    """What a training on this text would learn from: what is held out there stays unseen here."""
+    return (document for split, document in split_documents(data) if split == "train")
 
 
 def loss_of(model: nn.Module, windows: Tensor, precision: Precision) -> float:

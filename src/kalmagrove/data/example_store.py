@@ -269,6 +269,11 @@ def _write(source: ExampleSource, folder: Path, progress: Progress) -> None:
                 progress("packing", writer.bytes)
         if writer.documents == 0:
             raise KalmaGroveError(f"the split {split} of {source.source} holds no example; give more rows")
+        if writer.predicted == 0 and not source.predicts_end:
+            raise KalmaGroveError(
+                f"the split {split} of {source.source} has nothing to predict: no value there is one that a training "
+                "row had; give more rows, or more columns"
+            )
         longest = max(longest, writer.longest)
         names = [*_TYPES, *source.modalities]
         digest = hashlib.sha256("".join(_digest(_file(folder, split, name)) for name in names).encode()).hexdigest()
@@ -301,7 +306,7 @@ class _SplitWriter:
         self._sizes = {name: _feature_size(name, options) for name, options in modalities.items()}
         self._elements = dict.fromkeys(modalities, 0)
         self._parts = 0
-        self.tokens = self.bytes = self.words = self.documents = self.longest = 0
+        self.tokens = self.bytes = self.words = self.documents = self.longest = self.predicted = 0
 
     def add(self, example: Example) -> None:
         own = store_parts(example.parts, placeholders=self._placeholders, sizes=self._sizes)
@@ -320,6 +325,7 @@ class _SplitWriter:
             self._put(name, values, _TYPES[name])
         self.tokens, self._parts = self.tokens + len(own.tokens), self._parts + len(example.parts)
         self.bytes, self.words = self.bytes + example.size, self.words + example.values
+        self.predicted += int((own.weights > 0).sum())
         # Before and after an example stands the end-of-text token.
         self.documents, self.longest = self.documents + 1, max(self.longest, len(own.tokens) + 2)
 

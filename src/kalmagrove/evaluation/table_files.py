@@ -13,7 +13,7 @@ from typing import Any
 
 from kalmagrove.data.tables.cells import Cell, Row, cell_text
 from kalmagrove.data.tables.codec import TableCodec, Value
-from kalmagrove.data.tables.columns import CategoryColumn
+from kalmagrove.data.tables.columns import CategoryColumn, NumberColumn
 from kalmagrove.data.tables.reading import iter_rows, table_files
 from kalmagrove.errors import UsageError
 from kalmagrove.evaluation.modality_model import Predictions
@@ -58,7 +58,7 @@ def predict_table(
 
 
 def complete_table(
-    model: KalmaGroveForCausalLM, codec: TableCodec, data: str, *, terms: PredictionTerms
+    model: KalmaGroveForCausalLM, codec: TableCodec, data: str, *, terms: PredictionTerms, typed: bool = False
 ) -> Predictions:
     """Fills in every missing cell; the columns are the table's, and cells that are there stay as they are.
 
@@ -67,6 +67,7 @@ def complete_table(
         codec: Of the table.
         data: A file or a folder of rows.
         terms: How predictions are made.
+        typed: Whether numbers that are there as text are given as numbers, for a file that tells them apart.
 
     Raises:
         KalmaGroveError: The data cannot be read.
@@ -76,7 +77,10 @@ def complete_table(
     wanted = [{place for name, place in codec.places.items() if row.cells.get(name) is None} for row in rows]
     filled = impute(model, codec, values, wanted, terms)
     completed = [
-        {name: _shown(codec, place, row.cells.get(name), own.get(place)) for name, place in codec.places.items()}
+        {
+            name: _shown(codec, place, row.cells.get(name), own.get(place), typed=typed)
+            for name, place in codec.places.items()
+        }
         for row, own in zip(rows, filled, strict=True)
     ]
     count = sum(map(len, wanted))
@@ -149,9 +153,19 @@ def _left_out(codec: TableCodec, row: Row, values: dict[int, Value]) -> list[int
     ]
 
 
-def _shown(codec: TableCodec, place: int, cell: Cell, value: Value) -> Cell:
-    if cell is not None:
-        return cell
+def _shown(codec: TableCodec, place: int, cell: Cell, value: Value, *, typed: bool) -> Cell:
     column: Any = codec.columns[place]
+    if cell is not None:
+        return _number(cell) if typed and isinstance(column, NumberColumn) and isinstance(cell, str) else cell
     shown: Cell = column.show(value)
     return shown
+
+
+def _number(text: str) -> Cell:
+    """A numeral as a number; what is none stays."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

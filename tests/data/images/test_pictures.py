@@ -59,8 +59,8 @@ def test_folders_named_after_splits_are_splits(tmp_path: Path) -> None:
     put(tmp_path / "val/cat/2.png", 2)
     put(tmp_path / "Test/dog/3.png", 3)
     assert list(find_pictures(str(tmp_path))) == ["train", "valid", "test"]
-    assert pictures(tmp_path, "valid") == [("cat/2.png", "cat", 2)]
-    assert pictures(tmp_path, "test") == [("dog/3.png", "dog", 3)]
+    assert pictures(tmp_path, "valid") == [("val/cat/2.png", "cat", 2)]
+    assert pictures(tmp_path, "test") == [("Test/dog/3.png", "dog", 3)]
     put(tmp_path / "other/4.png")
     assert "lies beside" in refused(tmp_path)
 

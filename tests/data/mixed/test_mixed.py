@@ -154,6 +154,16 @@ def test_what_the_model_never_saw_is_refused(tmp_path: Path) -> None:
         codec.parts(row, row.pieces)
 
 
+def test_a_missing_cell_says_something_only_where_a_training_row_missed_it(lines: Path, tmp_path: Path) -> None:
+    source = mixed_source(str(lines), seed=0, patch_size=4)
+    codec = open_mixed(source.schema, source.tokenizer)
+    found = []
+    for row in ({"size": None, "colour": "red"}, {"colour": "red"}):
+        (line,) = iter_mixed(write_lines(tmp_path / "y.jsonl", [{"parts": [{"row": row}]}]))
+        found.append([part.tokens.tolist() for part in codec.parts(line, line.pieces)])
+    assert found[0] == found[1]
+
+
 def test_a_split_may_have_several_files(tmp_path: Path) -> None:
     for name in ("train-0", "train-1", "valid", "test"):
         write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])

@@ -81,3 +81,21 @@ def test_an_offset_is_added_again() -> None:
     moment = datetime(2024, 5, 1, tzinfo=UTC)
     found = parse_date((moment + timedelta(hours=2)).replace(tzinfo=None).isoformat() + "+02:00")
     assert found is not None and found[0] == moment.timestamp()
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("9999-12-31 23:59:59.999999", "9999-12-31 23:59:59.999999"),
+        ("9999-12-31T23:59:59Z", "9999-12-31T23:59:59Z"),
+        ("0001-01-01 00:00:00", "0001-01-01 00:00:00"),
+    ],
+)
+def test_the_last_and_the_first_moment_can_be_written(text: str, shown: str) -> None:
+    found = parse_date(text)
+    assert found is not None and found[1].show(found[0]) == shown
+
+
+def test_a_moment_that_no_zone_can_say_is_written_as_the_nearest() -> None:
+    found = parse_date("9999-12-31T23:59:59Z")
+    assert found is not None and DateFormat("T", 0, "+02:00").show(found[0]) == "9999-12-31T23:59:59+02:00"

@@ -71,6 +71,12 @@ def test_a_parquet_gives_dates_as_text_and_decimals_as_numbers(tmp_path: Path) -
     ]
 
 
+def test_large_whole_decimals_of_a_parquet_stay_apart(tmp_path: Path) -> None:
+    names = [decimal.Decimal(90071992547409930 + number) for number in range(6)]
+    pyarrow.parquet.write_table(pyarrow.table({"id": names}), tmp_path / "t.parquet")
+    assert len({row["id"] for row in rows_of(tmp_path / "t.parquet")}) == 6
+
+
 UNSOUND: dict[str, tuple[str, str | bytes, str]] = {
     "empty file": ("t.csv", "", "is empty or begins with an empty line"),
     "empty first line": ("t.csv", "\na,b\n1,2\n", "begins with an empty line"),

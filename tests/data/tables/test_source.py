@@ -36,6 +36,14 @@ def test_a_table_is_packed_with_its_schema(tmp_path: Path) -> None:
     assert all((row == codec.number_token).sum() == 1 for row in rows.tokens)
 
 
+def test_a_split_with_nothing_to_predict_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("c\n" + "".join(f"known {number % 3}\n" for number in range(30)))
+    for split in ("valid", "test"):
+        (tmp_path / f"{split}.csv").write_text("c\nnew\nnew\n")
+    with pytest.raises(KalmaGroveError, match=r"the split valid of .* has nothing to predict"):
+        prepare_examples(table_source(str(tmp_path), seed=0), tmp_path / "packed")
+
+
 def test_the_same_table_gives_the_same_data_and_another_seed_other_splits(tmp_path: Path) -> None:
     path = str(write_table(tmp_path))
     first = prepare_examples(table_source(path, seed=0), tmp_path / "first")

@@ -68,7 +68,10 @@ def find_pictures(path: str) -> dict[str, Pictures]:
             raise KalmaGroveError(
                 f"{file} lies beside the folder {known.pop()}, which is a split; move it into one of the splits"
             )
-    return {split: _chained([partial(_folder_pictures, root) for root in found]) for split, found in folders.items()}
+    return {
+        split: _chained([partial(_folder_pictures, folder, named_from=root) for folder in found])
+        for split, found in folders.items()
+    }
 
 
 def _by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
@@ -100,8 +103,9 @@ def _pictures_of_file(path: Path) -> Pictures:
     raise KalmaGroveError(f"{path} is no folder, JSONL, .npz, PNG or JPEG; images come as one of these")
 
 
-def _folder_pictures(root: Path) -> Iterator[Picture]:
-    """The classes are the folders directly in a folder, or it has none."""
+def _folder_pictures(root: Path, *, named_from: Path | None = None) -> Iterator[Picture]:
+    """The classes are the folders directly in a folder, or it has none; names begin at the folder that was given."""
+    above = root if named_from is None else named_from
     files = _image_files(root)
     labels = [file.relative_to(root).parts[0] if file.parent != root else None for file in files]
     if None in labels and len(set(labels)) > 1:
@@ -111,7 +115,7 @@ def _folder_pictures(root: Path) -> Iterator[Picture]:
             f"{single} is in no class, and {classed} is; put every image into a folder named after its class, or none"
         )
     for file, label in zip(files, labels, strict=True):
-        yield Picture(file.relative_to(root).as_posix(), partial(read_image, file), label, levels=FILE_LEVELS)
+        yield Picture(file.relative_to(above).as_posix(), partial(read_image, file), label, levels=FILE_LEVELS)
 
 
 def _image_files(root: Path) -> list[Path]:

@@ -77,7 +77,10 @@ class MixedCodec:
         if piece.row is not None:
             if self.table is None:
                 raise KalmaGroveError(f"{place} has a row of a table, and the model was trained without any")
-            return [self.table.part(column, value) for column, value in sorted(self.table.read(piece.row).items())]
+            columns = self.table.columns
+            # That a value is missing says something only where a training row missed it.
+            given = {n: v for n, v in self.table.read(piece.row).items() if v is not None or columns[n].has_missing}
+            return [self.table.part(column, value) for column, value in sorted(given.items())]
         return [self.text_part(piece.text)]
 
     def example(self, row: MixedRow) -> Example:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 _EPOCH = datetime(1970, 1, 1)
+_FIRST, _LAST = ((moment - _EPOCH) // timedelta(microseconds=1) for moment in (datetime.min, datetime.max))
 _DATE = re.compile(
     r"\d{4}-\d{2}-\d{2}(?:(?P<separator>[T ])\d{2}:\d{2}(?P<seconds>:\d{2}(?:\.(?P<fraction>\d{1,6}))?)?"
     r"(?P<zone>Z|[+-]\d{2}:\d{2})?)?"
@@ -44,13 +46,16 @@ class DateFormat:
         unit = (
             86_400_000_000 if not self.separator else 60_000_000 if self.digits == _MINUTES else 10 ** (6 - self.digits)
         )
-        moment = _EPOCH + timedelta(microseconds=(round(seconds * 1e6) + unit // 2) // unit * unit)
+        # A float rounds the last moment of the year 9999 into the next, which no date can say.
+        microseconds = min(max(round(seconds * 1e6), _FIRST), _LAST)
+        moment = _EPOCH + timedelta(microseconds=min((microseconds + unit // 2) // unit * unit, _LAST // unit * unit))
         if not self.separator:
             return moment.date().isoformat()
         if self.zone not in ("", "Z"):
             hours, minutes = int(self.zone[1:3]), int(self.zone[4:])
             offset = timedelta(hours=hours, minutes=minutes)
-            moment = moment + offset if self.zone[0] == "+" else moment - offset
+            with suppress(OverflowError):
+                moment = moment + offset if self.zone[0] == "+" else moment - offset
         precision = "minutes" if self.digits == _MINUTES else "seconds" if self.digits == 0 else "microseconds"
         text = moment.isoformat(sep=self.separator, timespec=precision)
         return (text[: len(text) - 6 + self.digits] if self.digits > 0 else text) + self.zone

@@ -221,7 +221,8 @@ def _parquet_cell(cell: Any, name: str, path: Path) -> Cell:
     if isinstance(cell, datetime.date | datetime.time):
         return cell.isoformat()
     if isinstance(cell, decimal.Decimal):
-        cell = float(cell)
+        # A float would make several large whole numbers one.
+        cell = int(cell) if cell.is_finite() and cell == cell.to_integral_value() else float(cell)
     if cell is not None and not isinstance(cell, str | int | float | bool):
         raise KalmaGroveError(
             f"column {name!r} of {path} holds {_kind_name(cell)}; leave it out, or give text, numbers, dates or "
