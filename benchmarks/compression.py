@@ -44,13 +44,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compression_lab.methods import METHODS, NO_REFIT, OURS, RIVALS, Task
-from kalmagrove.compression.calibration import CalibrationText, loss_of, read_calibration_text
+from kalmagrove.compression.calibration import CalibrationText, loss_of, read_windows
 from kalmagrove.compression.measures import measure
 from kalmagrove.compression.moment_store import MomentStore
 from kalmagrove.compression.refit import parse_refit, refit
 from kalmagrove.compression.sites import find_matrices
 from kalmagrove.compression.source import open_source
 from kalmagrove.compression.work import WorkFolder
+from kalmagrove.data.sources import iter_documents
 from kalmagrove.files import remove, write_json_atomic
 from kalmagrove.precision import autocast
 from kalmagrove.report.statistics import mean_interval
@@ -85,11 +86,8 @@ def read_texts(options: argparse.Namespace, vocab_size: int) -> tuple[Calibratio
     """Calibration from both train splits, and the windows of both test splits."""
     common = {"context_length": options.context_length, "vocab_size": vocab_size}
     halves = [
-        read_calibration_text(
-            str(options.texts / name / "train.txt.xz"),
-            options.source,
-            tokens=options.calibration_tokens // 2,
-            **common,
+        read_file(
+            options.texts / name / "train.txt.xz", options.source, tokens=options.calibration_tokens // 2, **common
         )
         for name in CALIBRATED
     ]
@@ -98,13 +96,17 @@ def read_texts(options: argparse.Namespace, vocab_size: int) -> tuple[Calibratio
         path = options.texts / name / "test.txt.xz"
         # An eighth more is read for a check; the test uses all of it.
         tokens = min(options.test_tokens, int(_count_tokens(path, options.source) / 1.13))
-        both = read_calibration_text(str(path), options.source, tokens=tokens, **common)
+        both = read_file(path, options.source, tokens=tokens, **common)
         tests[name] = torch.cat((both.train, both.valid))
     return CalibrationText(*(torch.cat([getattr(h, part) for h in halves]) for part in ("train", "valid"))), tests
 
 
+def read_file(path: Path, source: str, **common: int) -> CalibrationText:
+    """Windows from the beginning of a file, which is one split."""
+    return read_windows(iter_documents(str(path)), str(path), source, **common)
+
+
 def _count_tokens(path: Path, source: str) -> int:
-    from kalmagrove.data.sources import iter_documents
     from kalmagrove.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,30 @@ def read_calibration_text(
         KalmaGroveError: The text is too short, or has tokens that the model does not know.
         UsageError: ``tokens`` are too few for the context.
     """
+    return read_windows(
+        _training_documents(data),
+        data or "the built-in corpus",
+        tokenizer_folder,
+        tokens=tokens,
+        context_length=context_length,
+        vocab_size=vocab_size,
+    )
+
+
+def read_windows(
+    documents: Iterable[str], source: str, tokenizer_folder: str, *, tokens: int, context_length: int, vocab_size: int
+) -> CalibrationText:
+    """The first ``tokens`` of documents, and an eighth as many that follow them; no more of them is read.
+
+    Args:
+        documents: In their order.
+        source: What they are called.
+        tokenizer_folder: As for :func:`read_calibration_text`, and so on.
+
+    Raises:
+        KalmaGroveError: As there.
+        UsageError: As there.
+    """
     windows = tokens // context_length
     if windows < FEWEST_WINDOWS:
         raise UsageError(
@@ -56,10 +80,10 @@ def read_calibration_text(
         )
     held_out = max(1, windows // 8)
     needed = (windows + held_out) * context_length + 1
-    stream = _first_tokens(data, tokenizer_folder, needed)
+    stream = _first_tokens(documents, tokenizer_folder, needed)
     if len(stream) < needed:
         raise KalmaGroveError(
-            f"{data or 'the built-in corpus'} holds only {len(stream):,} tokens; {needed:,} are needed for calibration "
+            f"{source} holds only {len(stream):,} tokens; {needed:,} are needed for calibration "
             "and its check: give a longer --data or fewer --calibration_tokens"
         )
     if int(stream.max()) >= vocab_size:
@@ -69,11 +93,11 @@ def read_calibration_text(
     return CalibrationText(rows[:windows], rows[windows:])
 
 
-def _first_tokens(data: str | None, tokenizer_folder: str, count: int) -> np.ndarray:
+def _first_tokens(documents: Iterable[str], tokenizer_folder: str, count: int) -> np.ndarray:
     tokenizer = load_tokenizer(tokenizer_folder)
     parts: list[np.ndarray] = []
     read = 0
-    for tokens in iter_document_tokens(tokenizer, _training_documents(data)):
+    for tokens in iter_document_tokens(tokenizer, documents):
         parts.append(tokens)
         read += len(tokens)
         if read >= count:
