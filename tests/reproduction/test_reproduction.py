@@ -410,7 +410,7 @@ def test_a_longer_context_is_shown_and_decides_nothing_about_table_1(
     answers = {answer.name: answer for answer in write_page(origin, Evidence(studies, None, None), tmp_path)}
     assert answers["C3"].verdict == "supported"
     page = (tmp_path / "claims.md").read_text()
-    assert "- **long_context**, context 64: kalmagrove-nano against" in page
+    assert "- **long_context**, context 64, 500 tokens a step: kalmagrove-nano against" in page
     assert "Table 1's models is answered from base and large alone" in page
 
 

@@ -28,8 +28,9 @@ def headline(pair: Pair) -> str:
     if same_optimizer is not None and same_optimizer.name != rival.name:
         ratio = shown(pair.perplexity("test", same_optimizer))
         parts.append(f"{ratio} of that of {described(same_optimizer)}, the same Transformer with our optimiser")
-    context = pair.study.results.budget.context_length
-    return f"**{pair.name}**, context {context:,}: {ours.name} against {described(rival)} has {', '.join(parts)}."
+    budget = pair.study.results.budget
+    terms = f"context {budget.context_length:,}, {budget.tokens_per_step:,} tokens a step"
+    return f"**{pair.name}**, {terms}: {ours.name} against {described(rival)} has {', '.join(parts)}."
 
 
 def _perplexity(pair: Pair, rival: Model, target: float, *, is_strict: bool = False) -> list[str]:
