@@ -68,7 +68,7 @@ def test_a_ladder_that_grows_trains_only_what_is_new(packed: PackedText, tmp_pat
 
 def test_runs_on_another_text_are_not_mixed_with_these(finished: Path, packed: PackedText) -> None:
     share = FolderShare(finished, "of another text")
-    with pytest.raises(UsageError, match=r"seed-0 was trained on other data; give the same data, or another --out"):
+    with pytest.raises(UsageError, match="seed-0 was trained on other data; give the same data, choose another folder"):
         known_losses(CONFIG, share)
 
 

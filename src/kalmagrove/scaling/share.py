@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kalmagrove.errors import UsageError
 from kalmagrove.scaling.ladder import Rung
-from kalmagrove.training.run_folder import RunFolder
+from kalmagrove.training.run_folder import RunFolder, require_same_data
 from kalmagrove.training.watching import is_in_use
 
 Result = Mapping[str, Any]
@@ -70,10 +69,7 @@ class FolderShare:
         found = {rung.key: RunFolder(run_path(self.folder, rung)).read_result() for rung in runs}
         known: dict[str, Result] = {key: result for key, result in found.items() if result is not None}
         for key, result in known.items():
-            if result.get("data_fingerprint", self.data_fingerprint) != self.data_fingerprint:
-                raise UsageError(
-                    f"{self.folder / 'runs' / key} was trained on other data; give the same data, or another --out"
-                )
+            require_same_data(result, self.data_fingerprint, self.folder / "runs" / key)
         return known
 
     def take(self, runs: Sequence[Rung]) -> Claim | None:

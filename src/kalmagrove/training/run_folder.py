@@ -222,6 +222,18 @@ def open_run_folder(
     return RunFolder(folder, lock)
 
 
+def require_same_data(result: Mapping[str, Any], fingerprint: str, path: Path) -> None:
+    """A text is known by its content: a result on another one is none of the run that is asked for.
+
+    Raises:
+        UsageError: The result is of other data.
+    """
+    if result.get("data_fingerprint", fingerprint) != fingerprint:
+        raise UsageError(
+            f"{path} was trained on other data; give the same data, choose another folder (--out) or delete this one"
+        )
+
+
 def _check_record(record: dict[str, Any], where: str) -> None:
     """What others rely on: steps are whole numbers, losses are numbers or null, and an evaluation has its step."""
     step = record.get("step", 0)

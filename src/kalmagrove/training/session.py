@@ -25,7 +25,7 @@ from kalmagrove.training.config import NEUTRAL_OPTIONS, TrainConfig, plain_optio
 from kalmagrove.training.energy import EnergyMeter, check_energy
 from kalmagrove.training.environment import describe_environment, peak_memory_bytes
 from kalmagrove.training.run import StepResult, TrainingDiverged, TrainingRun
-from kalmagrove.training.run_folder import RunFolder, open_run_folder
+from kalmagrove.training.run_folder import RunFolder, open_run_folder, require_same_data
 from kalmagrove.training.saving import CheckpointWriter
 from kalmagrove.training.trackers import TrackedMetrics, check_tracker
 from kalmagrove.training.tracking import MetricsWriter
@@ -76,8 +76,9 @@ class TrainingSession:
             self.energy: EnergyMeter | None = None
             on_failure.callback(self._end_watching)
             # A complete folder is only read.
-            if self.finished:
-                self._require_same_text()
+            result = self.folder.read_result()
+            if result is not None:
+                require_same_data(result, self.run.data.fingerprint, self.folder.path)
             else:
                 self._resume(warn)
                 self._keep_source()
@@ -103,19 +104,6 @@ class TrainingSession:
         if is_refused:
             raise UsageError("the first process could not open the run folder")
         return folder
-
-    def _require_same_text(self) -> None:
-        """A text is known by its content: what was trained on another one is no run of this configuration.
-
-        Raises:
-            UsageError: The folder's result is of another text.
-        """
-        result = self.folder.read_result() or {}
-        if result.get("data_fingerprint", self.run.data.fingerprint) != self.run.data.fingerprint:
-            raise UsageError(
-                f"{self.folder.path} was trained on other data; give the same data, choose another folder or delete "
-                "this one"
-            )
 
     def _keep_source(self) -> None:
         """The same text may lie elsewhere than when the run began: the configuration says where it is now."""
