@@ -222,10 +222,10 @@ class Kalma(torch.optim.Optimizer):
                 loss = closure()
         seen: Seen = {}
         if self._statistics is not None:
-            unseen = self._statistics.unseen()
+            if self._statistics.active:
+                self._warn_of_unseen(self._statistics.unseen())
             seen = self._statistics.take()
             if self._statistics.active:
-                self._warn_of_unseen(unseen)
                 seen = average_across_ranks(seen, self._shapes_of_statistics(), device=self._device)
         with torch.autocast(self._device.type, enabled=False):
             for group in self.param_groups:
